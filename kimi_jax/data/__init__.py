@@ -1,0 +1,1 @@
+"""From text and images to packed rows of tokens and patches."""

@@ -1,0 +1,69 @@
+"""Random-access datasets (grain) whose whole state is one integer.
+
+`dataset[step]` is the batch of that step, on any host and after any interruption, so a checkpoint stores the step and
+nothing else, and a run may resume with another number of hosts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import numpy as np
+
+from kimi_jax.data.packing import pack_rows, plan_rows
+from kimi_jax.types import Example, PackedRows, Problem, Prompt
+
+
+def sft_batches(
+    examples: Sequence[Example],
+    *,
+    seed: int,
+    rows_per_batch: int,
+    row_tokens: int,
+    row_patches: int,
+    patch_dim: int,
+    merge: int,
+    image_id: int,
+) -> grain.MapDataset:
+    """An endless dataset: element `step` is a PackedRows of `rows_per_batch` rows of NumPy arrays.
+
+    The examples are shuffled and packed into rows once; the order of the rows is drawn anew for each epoch. All rows of
+    an epoch come before any of the next. A batch may hold the end of one epoch and the beginning of another: nothing is
+    left out, and every batch is full.
+    Raises ValueError if there are no examples, or one does not fit in a row.
+    """
+    if not len(examples):
+        raise ValueError("no examples to train on")
+    order = np.random.default_rng(seed).permutation(len(examples))
+    shuffled = [examples[index] for index in order]
+    plan = plan_rows(shuffled, row_tokens=row_tokens, row_patches=row_patches)
+
+    def pack(rows: Sequence[list[int]]) -> PackedRows:
+        packed, _ = pack_rows(
+            shuffled,
+            rows,
+            num_rows=rows_per_batch,
+            row_tokens=row_tokens,
+            row_patches=row_patches,
+            patch_dim=patch_dim,
+            merge=merge,
+            image_id=image_id,
+        )
+        return packed
+
+    return grain.MapDataset.source(plan).seed(seed).shuffle().repeat(None).batch(rows_per_batch, batch_fn=pack)
+
+
+def encoded_problems(problems: Sequence[Problem], encode: Callable[[Problem], Prompt]) -> grain.MapDataset:
+    """Element i is `encode(problems[i])`, made when asked for, so that the patches need not all lie in memory."""
+    return grain.MapDataset.source(problems).map(encode)
+
+
+def prefetched(dataset: grain.MapDataset, start_step: int, *, num_threads: int) -> Iterator:
+    """Iterates from `dataset[start_step]` on, in order, made ahead by `num_threads` threads (0: when asked for)."""
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    return iter(dataset[start_step:].to_iter_dataset(options))
+
+
+def trained_tokens(rows: PackedRows) -> int:
+    """The number of targets in the loss of a batch, by which its summed loss is divided."""
+    return int(rows.loss_mask.sum())

@@ -1,0 +1,1 @@
+"""Models: shapes, layers, attention, the decoder, the vision tower, and the policy that joins them."""

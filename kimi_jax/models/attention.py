@@ -1,0 +1,65 @@
+"""Attention behind two functions: over packed rows (training, prefill) and over a KV cache (decode).
+
+Implementations, chosen by name so that nothing depends on guesses inside a library:
+
+    xla     everywhere; materialises [T, T] scores
+    cudnn   NVIDIA GPUs, 16-bit types
+    splash  TPUs, packed rows only (a Pallas kernel that knows segments); decode uses xla
+    splash_interpret   the same kernel, interpreted: how CPU tests run the TPU path
+"""
+
+import jax
+import jax.numpy as jnp
+
+IMPLEMENTATIONS = ("xla", "cudnn", "splash", "splash_interpret")
+
+
+def choose_implementation(platform: str, dtype: str) -> str:
+    """The fastest implementation that `platform` ("cpu", "gpu", "tpu") has for `dtype`."""
+    if platform == "tpu":
+        return "splash"
+    return "cudnn" if platform in ("gpu", "cuda") and dtype in ("bfloat16", "float16") else "xla"
+
+
+def attend_packed(q, k, v, segments, *, causal: bool, implementation: str, mesh=None):
+    """Attention within the segments of packed rows.
+
+    q [R, T, H, E], k and v [R, T, K, E], segments int32 [R, T]. Returns [R, T, H, E].
+    Token s is visible to token t when their segments are equal and, if `causal`, s <= t:
+
+        segments 1 1 2 2 0          visible (causal)   1 . . . .
+                                                       1 1 . . .
+                                                       . . 1 . .
+                                                       . . 1 1 .
+                                                       . . . . 1
+
+    Padding (segment 0) sees padding, so that no row of the softmax is empty; nothing else sees it.
+    """
+    if implementation.startswith("splash"):
+        from kimi_jax.models import splash
+
+        return splash.attend(q, k, v, segments, causal=causal, mesh=mesh, interpret=implementation == "splash_interpret")
+    visible = packed_mask(segments, causal=causal)
+    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation=implementation)
+
+
+def packed_mask(segments, *, causal: bool):
+    """bool [R, T, T]: see `attend_packed`."""
+    visible = segments[:, :, None] == segments[:, None, :]
+    return visible & jnp.tri(segments.shape[1], dtype=bool)[None] if causal else visible
+
+
+def attend_cached(q, keys, values, lengths, *, implementation: str):
+    """One query per row over the first `lengths[b]` slots of its cache.
+
+    q [B, H, E], keys and values [B, S, K, E], lengths int32 [B] >= 1. Returns [B, H, E].
+    """
+    out = jax.nn.dot_product_attention(
+        q[:, None],
+        keys,
+        values,
+        query_seq_lengths=jnp.ones_like(lengths) if implementation == "cudnn" else None,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn" if implementation == "cudnn" else "xla",
+    )
+    return out[:, 0]

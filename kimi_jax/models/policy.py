@@ -1,0 +1,246 @@
+"""The policy π: a multimodal decoder as pure functions of its parameters.
+
+`Policy` holds only static things (shapes, graph definitions, choice of kernels); it is hashable and closed over by jitted
+functions. Parameters are plain nested dicts of arrays, merged with the graph definitions at trace time.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kimi_jax.models import decoder, layers, vision
+from kimi_jax.models.config import ModelConfig
+from kimi_jax.types import PackedRows
+
+
+class DecoderEnds(nnx.Module):
+    """What stands before and after the blocks: token embedding; final norm, vocabulary head, optional scalar head."""
+
+    def __init__(self, config: ModelConfig, *, dtype, rngs):
+        # Small enough that a fresh model with tied embeddings predicts nearly uniformly.
+        init = nnx.initializers.normal(0.02)
+        self.embed = nnx.Embed(
+            config.vocab_size, config.width, embedding_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
+        )
+        self.norm = layers.rms_norm(config.width, config.norm_eps, dtype, rngs)
+        self.head = None
+        if not config.tie_embeddings:
+            self.head = nnx.Embed(
+                config.vocab_size, config.width, embedding_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
+            )
+        self.scalar_head = None
+        if config.scalar_head:
+            self.scalar_head = nnx.Linear(config.width, 1, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
+
+    def logits(self, x):
+        """x [..., D] after the final norm -> float32 [..., V]."""
+        table = (self.head or self.embed).embedding[...].astype(x.dtype)
+        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """See the module.
+
+    implementation: a name of `models.attention`. mesh: for kernels that GSPMD cannot partition. remat: recompute each layer in
+    the backward pass. unroll: layers per step of the scan over a run.
+    """
+
+    config: ModelConfig
+    implementation: str = "xla"
+    mesh: jax.sharding.Mesh | None = None
+    remat: bool = True
+    unroll: int = 1
+
+    def init(self, key: jax.Array) -> dict:
+        """Float32 parameters in the training layout."""
+        k_ends, k_runs, k_vision_ends, k_vision_runs = jax.random.split(key, 4)
+        ends = DecoderEnds(self.config, dtype=self._dtype, rngs=nnx.Rngs(k_ends))
+        params = {"decoder": {"ends": _pure(ends), "runs": decoder.init_runs(self._runs, k_runs)}}
+        if self.config.vision:
+            tower = vision.VisionEnds(self.config.vision, self.config.width, dtype=self._dtype, rngs=nnx.Rngs(k_vision_ends))
+            params["vision"] = {"ends": _pure(tower), "runs": decoder.init_runs(self._vision_runs, k_vision_runs)}
+        return params
+
+    # --- training layout ---
+
+    def hidden(self, params: dict, rows: PackedRows) -> jax.Array:
+        """Final hidden states [R, T, D] of packed rows."""
+        x, angles = self._embed(params, rows, remat=self.remat)
+        x = decoder.apply_packed(
+            self._runs,
+            params["decoder"],
+            x,
+            angles,
+            rows.segments,
+            causal=True,
+            implementation=self.implementation,
+            mesh=self.mesh,
+            remat=self.remat,
+            unroll=self.unroll,
+        )
+        return self._ends(params).norm(x)
+
+    def logprobs(
+        self, params: dict, rows: PackedRows, *, temperature, logits_chunk: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Log-probs of rows.targets and the entropy at each position, both float32 [R, T].
+
+        The distribution is softmax(logits / temperature), the one that is sampled from. Logits exist for `logits_chunk`
+        tokens of each row at a time, forward and backward: [tokens, V] of a whole batch would not fit. The entropy carries
+        no gradient. Raises ValueError when logits_chunk does not divide T.
+        """
+        x = self.hidden(params, rows)
+        R, T, D = x.shape
+        if T % logits_chunk:
+            raise ValueError(f"logits_chunk={logits_chunk} must divide the row length {T}.")
+        ends = self._ends(params)
+
+        @jax.checkpoint
+        def chunk(x, targets):
+            logits = ends.logits(x) / temperature
+            log_z = jax.nn.logsumexp(logits, axis=-1)
+            target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            frozen = jax.lax.stop_gradient(logits)
+            entropy = log_z - jnp.sum(jax.nn.softmax(frozen, axis=-1) * frozen, axis=-1)
+            return target_logits - log_z, jax.lax.stop_gradient(entropy)
+
+        if T == logits_chunk:
+            return chunk(x, rows.targets)
+        split = lambda a: jnp.moveaxis(a.reshape(R, T // logits_chunk, logits_chunk, *a.shape[2:]), 1, 0)  # noqa: E731
+        _, (logprobs, entropy) = jax.lax.scan(lambda _, xs: (None, chunk(*xs)), None, (split(x), split(rows.targets)))
+        join = lambda a: jnp.moveaxis(a, 0, 1).reshape(R, T)  # noqa: E731
+        return join(logprobs), join(entropy)
+
+    def scalars(self, params: dict, rows: PackedRows) -> jax.Array:
+        """Output of the scalar head at every position, float32 [R, T]. Raises ValueError if the model has none."""
+        if not self.config.scalar_head:
+            raise ValueError("This model has no scalar head. Build it with ModelConfig(scalar_head=True).")
+        return self._ends(params).scalar_head(self.hidden(params, rows).astype(jnp.float32))[..., 0]
+
+    # --- sampling layout ---
+
+    def to_sampling_layout(self, params: dict, dtype: str) -> dict:
+        """Casts and unstacks: one array per decoder layer. The vision tower stays stacked: it runs once per prompt."""
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        stacked = params["decoder"]
+        return params | {"decoder": {"ends": stacked["ends"], "layers": decoder.unstack_runs(stacked["runs"])}}
+
+    def prefill(self, params: dict, rows: PackedRows, last: jax.Array):
+        """Reads one prompt per row (padding on the right).
+
+        last: int32 [R], index of each prompt's last token. Returns its next-token logits float32 [R, V] and, per layer,
+        (keys, values) each [R, T, K, E].
+        """
+        x, angles = self._embed(params, rows, remat=False)
+        x, caches = decoder.apply_prefill(
+            self._runs, params["decoder"], x, angles, rows.segments, implementation=self.implementation, mesh=self.mesh
+        )
+        ends = self._ends(params)
+        return ends.logits(ends.norm(x[jnp.arange(x.shape[0]), last])), caches
+
+    def decode(self, params: dict, caches, token: jax.Array, position: jax.Array, slot: jax.Array):
+        """Reads one token per row (int32 [B] each). Returns next-token logits float32 [B, V] and the updated caches."""
+        ends = self._ends(params)
+        angles = layers.rope_angles(position[:, None], self.config.head_dim, self.config.rope_base)
+        x, caches = decoder.apply_decode(
+            self._runs,
+            params["decoder"],
+            ends.embed(token),
+            angles,
+            caches,
+            slot,
+            implementation=self.implementation,
+        )
+        return ends.logits(ends.norm(x)), caches
+
+    # --- shared ---
+
+    def _embed(self, params, rows, *, remat):
+        x = self._ends(params).embed(rows.tokens)
+        if self.config.vision and rows.patches.shape[1]:
+            features = self._image_features(params, rows, remat=remat)
+            pictured = jnp.take_along_axis(features, jnp.maximum(rows.image_index, 0)[..., None], axis=1)
+            x = jnp.where(rows.image_index[..., None] >= 0, pictured, x)
+        return x, layers.rope_angles(rows.positions[..., None], self.config.head_dim, self.config.rope_base)
+
+    def _image_features(self, params, rows, *, remat):
+        """One embedding per merged patch, [R, P / merge², D]. Images do not see each other."""
+        config = self.config.vision
+        ends = nnx.merge(_vision_ends_graphdef(self.config), params["vision"]["ends"])
+        angles = layers.rope_angles(rows.patch_positions, config.width // config.num_heads, config.rope_base)
+        x = decoder.apply_packed(
+            self._vision_runs,
+            params["vision"],
+            ends.embed(rows.patches.astype(self._dtype)),
+            angles,
+            rows.patch_segments,
+            causal=False,
+            implementation=self.implementation,
+            mesh=self.mesh,
+            remat=remat,
+            unroll=self.unroll,
+        )
+        return ends.project(x, config.merge_size)
+
+    def _ends(self, params) -> DecoderEnds:
+        return nnx.merge(_decoder_ends_graphdef(self.config), params["decoder"]["ends"])
+
+    @property
+    def _dtype(self):
+        return jnp.dtype(self.config.dtype)
+
+    @property
+    def _runs(self):
+        return _decoder_runs(self.config)
+
+    @property
+    def _vision_runs(self):
+        return _vision_runs(self.config)
+
+
+# Graph definitions depend on the shapes alone: built once per shape, not per call.
+
+
+@functools.cache
+def _decoder_runs(config: ModelConfig) -> tuple[decoder.Run, ...]:
+    def make(rngs):
+        return layers.Block(
+            config.width,
+            config.mlp_width,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            qkv_bias=config.qkv_bias,
+            qk_norm=config.qk_norm,
+            eps=config.norm_eps,
+            out_scale=(2 * config.num_layers) ** -0.5,
+            dtype=jnp.dtype(config.dtype),
+            rngs=rngs,
+        )
+
+    return (decoder.Run.of(make, config.num_layers),)
+
+
+@functools.cache
+def _vision_runs(config: ModelConfig) -> tuple[decoder.Run, ...]:
+    make = lambda rngs: vision.vision_block(config.vision, dtype=jnp.dtype(config.dtype), rngs=rngs)  # noqa: E731
+    return (decoder.Run.of(make, config.vision.num_layers),)
+
+
+@functools.cache
+def _decoder_ends_graphdef(config: ModelConfig):
+    return nnx.split(nnx.eval_shape(lambda: DecoderEnds(config, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0))))[0]
+
+
+@functools.cache
+def _vision_ends_graphdef(config: ModelConfig):
+    make = lambda: vision.VisionEnds(config.vision, config.width, dtype=jnp.dtype(config.dtype), rngs=nnx.Rngs(0))  # noqa: E731
+    return nnx.split(nnx.eval_shape(make))[0]
+
+
+def _pure(module: nnx.Module) -> dict:
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))

@@ -1,0 +1,450 @@
+"""What a run has to show: learning curves, a table of SFT against RL, and an HTML page with both and sampled rollouts.
+
+The page is a single file that loads nothing: styles are inline, images are data URIs, all text is escaped, and its
+content security policy forbids requests. Curves are embedded twice, for light and dark.
+
+    metrics   rows of `metrics.jsonl`: "step" or "iteration", and numbers (None where there was nothing to measure)
+    summary   {"seconds", "device", "seed", "sft": {kind: scores}, "rl": {kind: scores}}; kind is "text" or "image",
+              scores are {"accuracy", "greedy_accuracy", "mean_tokens", "n"}, accuracies in 0..1
+    groups    {stage: [RolloutGroup, ...]}, stages in the order in which they are shown, e.g. {"SFT": ..., "RL": ...}
+"""
+
+import base64
+import collections
+import html
+import io
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.figure
+import matplotlib.layout_engine
+import matplotlib.ticker
+import numpy as np
+import PIL.Image
+
+from kimi_jax.types import IMAGE_MARKER, Outcome, Rollout, RolloutGroup, Verdict
+
+Metrics = Sequence[dict[str, Any]]
+
+# --- curves ---------------------------------------------------------------------------------------------------------
+
+_LIGHT = {"ink": "#1f2328", "faint": "#6b7280", "grid": "#e5e7eb", "paper": "#ffffff",
+          "series": ("#1f6feb", "#d9730d", "#4b5563", "#0f8a5f", "#8250df", "#c2255c")}  # fmt: skip
+_DARK = {"ink": "#e6e8eb", "faint": "#9aa3ae", "grid": "#2f353d", "paper": "#1a1d21",
+         "series": ("#6cabff", "#ffa657", "#b6bec9", "#4ccf9b", "#c59bff", "#ff8ab4")}  # fmt: skip
+
+_PERCENT = matplotlib.ticker.FuncFormatter(lambda share, _: f"{100 * share:.3g}%")
+
+_ACCURACIES = (  # key while training, key of the held-out evaluation, label, index of its colour
+    ("accuracy", None, "all", 2),
+    ("accuracy_text", "eval_text_accuracy", "text", 0),
+    ("accuracy_image", "eval_image_accuracy", "image", 1),
+)
+_FAMILIES = {  # how a name begins: the panel it shares with others; any other metric gets its own
+    "entropy": "Entropy (nats per token)",
+    "kl": "KL divergence to the reference",
+    "logprob_gap": "Log-prob gap to the sampler, mean",
+    "max_logprob_gap": "Log-prob gap to the sampler, max",
+    "truncated": "Share of responses",
+    "ungradable": "Share of responses",
+    "groups": "Share of groups",
+    "seconds": "Seconds per phase",
+}
+
+
+def write_curves(metrics: Metrics, path: str | os.PathLike) -> None:
+    """A PNG with two panels over the iterations: accuracy (text, image, all) and response length.
+
+    Faint lines are the measurements, strong lines their running mean, markers the held-out evaluations.
+    Raises ValueError without any row.
+    """
+    pathlib.Path(path).write_bytes(_png(_curves(metrics, _LIGHT)))
+
+
+def _curves(metrics: Metrics, colors: dict) -> matplotlib.figure.Figure:
+    if not metrics:
+        raise ValueError("There are no rows of metrics to draw. Log at least one iteration first.")
+    figure, (left, right) = _panels(2, 2, colors, width=11.0, height=4.2)
+    for key, eval_key, label, color in _ACCURACIES:
+        _draw(left, *_series(metrics, key), color=colors["series"][color], label=label)
+        x, y = _series(metrics, eval_key)
+        if len(x):
+            style = {"marker": "o", "markersize": 7, "markeredgecolor": colors["paper"], "markeredgewidth": 1.2}
+            left.plot(x, y, linestyle="", color=colors["series"][color], label=f"{label}, held out", zorder=4, **style)
+    _draw(right, *_series(metrics, "response_length"), color=colors["series"][3], label="")
+    left.set_ylim(bottom=max(left.get_ylim()[0], 0), top=min(left.get_ylim()[1], 1.03))
+    left.yaxis.set_major_formatter(_PERCENT)
+    _title(left, "Accuracy", colors)
+    _title(right, "Response length (tokens)", colors)
+    right.set_ylim(bottom=0, top=right.get_ylim()[1])
+    _legend(left, colors, ncols=1)
+    return figure
+
+
+def _details(metrics: Metrics, colors: dict) -> matplotlib.figure.Figure | None:
+    """Small panels for all metrics that `_curves` does not show."""
+    shown = {"step", "iteration", "response_length", *(key for row in _ACCURACIES for key in row[:2])}
+    families = collections.defaultdict(list)
+    for key in dict.fromkeys(key for row in metrics for key in row):
+        if key not in shown and len(_series(metrics, key)[0]):
+            stem = next((stem for stem in _FAMILIES if key.startswith(stem)), key)
+            families[_FAMILIES.get(stem, stem)].append((key, key.removeprefix(stem).strip("_/. ") or key))
+    if not families:
+        return None
+    order = {name: i for i, name in enumerate(_FAMILIES.values())}
+    figure, panels = _panels(len(families), 3, colors, width=11.0, height=2.9)
+    for panel, name in zip(panels, sorted(families, key=lambda name: order.get(name, len(order))), strict=True):
+        for i, (key, label) in enumerate(families[name]):
+            color = colors["series"][i % len(colors["series"])]
+            _draw(panel, *_series(metrics, key), color=color, label=label if len(families[name]) > 1 else "")
+        if name.startswith("Share"):
+            panel.yaxis.set_major_formatter(_PERCENT)
+        _title(panel, name, colors, size=9.5)
+        _legend(panel, colors, ncols=2)
+    return figure
+
+
+def _series(metrics: Metrics, key: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """(iterations, values) of the rows that have a number there."""
+    points = [
+        (row.get("iteration", row.get("step", i)), row[key])
+        for i, row in enumerate(metrics)
+        if isinstance(row.get(key), int | float) and np.isfinite(row[key])
+    ]
+    x, y = zip(*points, strict=True) if points else ((), ())
+    return np.asarray(x, float), np.asarray(y, float)
+
+
+def _smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Mean of y under a Gaussian window over x, 1/30 of the range wide; no lag, and fair to the ends and to gaps."""
+    width = max(np.ptp(x) / 30, 1e-9)
+    weights = np.exp(-0.5 * ((x[:, None] - x[None, :]) / width) ** 2)
+    return weights @ y / weights.sum(axis=1)
+
+
+def _draw(panel, x: np.ndarray, y: np.ndarray, *, color: str, label: str) -> None:
+    if len(x) == 0:
+        return
+    label = label or "_nolegend_"
+    if len(x) < 5:  # too few for a trend
+        panel.plot(x, y, color=color, label=label, marker="o", markersize=4, linewidth=1.2)
+    else:
+        panel.plot(x, y, color=color, alpha=0.25, linewidth=1.0)
+        panel.plot(x, _smooth(x, y), color=color, linewidth=2.0, label=label)
+
+
+def _panels(count: int, columns: int, colors: dict, *, width: float, height: float):
+    """A figure with `count` empty panels in rows of `columns`; `width` of the whole, `height` of a row, in inches."""
+    rows = -(-count // columns)
+    layout = matplotlib.layout_engine.ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    figure = matplotlib.figure.Figure(figsize=(width, height * rows), layout=layout, facecolor=colors["paper"])
+    panels = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+    for panel in panels:
+        panel.set_facecolor(colors["paper"])
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.spines[["left", "bottom"]].set_color(colors["grid"])
+        panel.grid(axis="y", color=colors["grid"], linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.tick_params(colors=colors["faint"], labelsize=9, length=0)
+        panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=6, integer=True))
+        panel.set_xlabel("iteration", color=colors["faint"], fontsize=9)
+    return figure, panels
+
+
+def _title(panel, text: str, colors: dict, size: float = 12) -> None:
+    panel.set_title(text, loc="left", color=colors["ink"], fontsize=size, fontweight="bold", pad=8)
+
+
+def _legend(panel, colors: dict, *, ncols: int) -> None:
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend(
+            frameon=False, labelcolor=colors["ink"], fontsize=8.5, handlelength=1.2, columnspacing=1.0, ncols=ncols
+        )
+
+
+def _png(figure: matplotlib.figure.Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+# --- table ----------------------------------------------------------------------------------------------------------
+
+_KINDS = ("text", "image")
+_ROWS = (
+    ("sampled accuracy", "accuracy", "{:.1%}", 100, " points"),
+    ("greedy accuracy", "greedy_accuracy", "{:.1%}", 100, " points"),
+    ("mean tokens", "mean_tokens", "{:.1f}", 1, ""),
+    ("n", "n", "{:.0f}", None, ""),
+)  # label, key, format, factor of the gain (None: has no gain), its unit
+
+
+def _table(summary: dict) -> list[tuple[str, ...]]:
+    """Rows (kind, label, SFT, RL, gain), ready to print; a score that is missing is a dash."""
+    rows = []
+    for kind in _KINDS:
+        sft, rl = summary["sft"].get(kind), summary["rl"].get(kind)
+        if sft is None and rl is None:
+            continue
+        for label, key, form, factor, unit in _ROWS:
+            before, after = (sft or {}).get(key), (rl or {}).get(key)
+            gain = "" if factor is None or None in (before, after) else f"{factor * (after - before):+.1f}{unit}"
+            rows.append((kind, label, *("–" if v is None else form.format(v) for v in (before, after)), gain))
+    if not rows:
+        raise ValueError(f"No scores: 'sft' and 'rl' need 'text' or 'image', but the summary is {summary}.")
+    return rows
+
+
+def results_table(summary: dict) -> str:
+    """The scores of SFT and RL side by side with the gains, as plain text."""
+    lines = [f"{'':<20}{'SFT':>9}{'RL':>9}   gain"]
+    kind = None
+    for row in _table(summary):
+        if row[0] != kind:
+            kind = row[0]
+            lines.append(kind)
+        lines.append(f"  {row[1]:<18}{row[2]:>9}{row[3]:>9}   {row[4]}".rstrip())
+    return "\n".join([*lines, "", _provenance(summary)])
+
+
+def _provenance(summary: dict) -> str:
+    minutes, seconds = divmod(round(summary["seconds"]), 60)
+    return f"{f'{minutes} min ' if minutes else ''}{seconds} s on {summary['device']}, seed {summary['seed']}"
+
+
+# --- page -----------------------------------------------------------------------------------------------------------
+
+
+def write_report(
+    path: str | os.PathLike,
+    *,
+    title: str,
+    summary: dict,
+    metrics: Metrics,
+    groups: dict[str, list[RolloutGroup]],
+    config_text: str,
+) -> None:
+    """Writes the page. A problem that several stages tried is shown once, with the stages side by side.
+
+    Raises ValueError when a group that is shown has no verdicts.
+    """
+    sections = [
+        _header(title, summary),
+        _results(summary),
+        _training(metrics),
+        _rollouts(groups),
+        f"<section><h2>Configuration</h2><pre>{_text(config_text)}</pre></section>",
+    ]
+    page = _PAGE.format(title=_text(title), style=_STYLE, body="\n".join(sections))
+    pathlib.Path(path).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _header(title: str, summary: dict) -> str:
+    headlines = "".join(
+        f'<div class="headline"><span class="label">{_text(kind)}, {_text(label)}</span>'
+        f'<span class="big">{_text(gain or rl)}</span><span class="label">{_text(sft)} → {_text(rl)}</span></div>'
+        for kind, label, sft, rl, gain in _table(summary)
+        if label == "sampled accuracy"
+    )
+    return f'<header><h1>{_text(title)}</h1><p class="quiet">{_text(_provenance(summary))}</p>{headlines}</header>'
+
+
+def _results(summary: dict) -> str:
+    rows, previous = [], None
+    for kind, *cells in _table(summary):
+        first = "" if kind == previous else _text(kind)
+        rows.append(
+            f'<tr{" class=first" if first else ""}><th scope="row">{first}</th><td class="left">{_text(cells[0])}</td>'
+            + "".join(f"<td>{_text(cell)}</td>" for cell in cells[1:])
+            + "</tr>"
+        )
+        previous = kind
+    head = '<tr><th></th><th></th><th scope="col">SFT</th><th scope="col">RL</th><th scope="col">gain</th></tr>'
+    return f"<section><h2>Results</h2><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></section>"
+
+
+def _training(metrics: Metrics) -> str:
+    if not metrics:
+        return '<section><h2>Training</h2><p class="quiet">No iteration of RL was logged.</p></section>'
+    return (
+        "<section><h2>Training</h2>"
+        + _picture(_curves, metrics, "Accuracy and response length over the iterations")
+        + _picture(_details, metrics, "Other metrics over the iterations")
+        + "</section>"
+    )
+
+
+def _picture(draw, metrics: Metrics, caption: str) -> str:
+    light, dark = (draw(metrics, colors) for colors in (_LIGHT, _DARK))
+    if light is None:
+        return ""
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data_uri(_png(dark))}">'
+        f'<img class="curves" src="{_data_uri(_png(light))}" alt="{_text(caption)}"></picture>'
+    )
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+# --- rollouts -------------------------------------------------------------------------------------------------------
+
+_IMAGE_SIDE = 240  # pixels that a small image is enlarged to, about
+
+
+def _accuracy(group: RolloutGroup) -> float | None:
+    """Share of correct among the responses that could be graded; None if none could."""
+    outcomes = [verdict.outcome for verdict in group.verdicts if verdict.outcome != Outcome.UNGRADABLE]
+    return outcomes.count(Outcome.CORRECT) / len(outcomes) if outcomes else None
+
+
+def _rollouts(groups: dict[str, list[RolloutGroup]]) -> str:
+    by_problem: dict[str, dict[str, list[RolloutGroup]]] = {}
+    marks: dict[int, str] = {}  # id of a group -> what is remarkable about it
+    for stage, members in groups.items():
+        for group in members:
+            if len(group.verdicts) != len(group.rollouts):
+                raise ValueError(
+                    f"A group of stage {stage!r}, problem {group.problem.id!r}, has {len(group.rollouts)} rollouts but "
+                    f"{len(group.verdicts)} verdicts. Verify it before it is reported."
+                )
+            by_problem.setdefault(group.problem.id, {}).setdefault(stage, []).append(group)
+        ranked = sorted((group for group in members if _accuracy(group) is not None), key=_accuracy)
+        if len(ranked) > 1 and _accuracy(ranked[0]) < _accuracy(ranked[-1]):
+            marks |= {id(ranked[-1]): f"best of {stage}", id(ranked[0]): f"worst of {stage}"}
+    cards, links = [], []
+    for number, stages in enumerate(by_problem.values(), start=1):
+        links += [
+            f'<a href="#problem-{number}">{_text(marks[id(group)])}</a>'
+            for members in stages.values() for group in members if id(group) in marks
+        ]  # fmt: skip
+        cards.append(_card(number, stages, marks))
+    jump = f'<p class="quiet">Jump to {" · ".join(links)}</p>' if links else ""
+    body = "".join(cards) or '<p class="quiet">None were kept.</p>'
+    return f"<section><h2>Sampled rollouts</h2>{jump}{body}</section>"
+
+
+def _card(number: int, stages: dict[str, list[RolloutGroup]], marks: dict[int, str]) -> str:
+    problem = next(iter(stages.values()))[0].problem
+    columns = []
+    for stage, members in stages.items():
+        body = "".join(_group(group, marks.get(id(group))) for group in members)
+        columns.append(f'<div class="stage"><h4>{_text(stage)}</h4>{body}</div>')
+    return (
+        f'<article id="problem-{number}"><h3>Problem {number} <span class="quiet">{_text(problem.task)}, '
+        f"difficulty {_text(problem.difficulty)}</span></h3>"
+        f'<div class="prompt">{_prompt(problem.prompt, problem.images)}</div>'
+        f'<p>Answer <code>{_text(problem.answer)}</code></p><div class="stages">{"".join(columns)}</div></article>'
+    )
+
+
+def _prompt(prompt: str, images: Sequence[np.ndarray]) -> str:
+    """The text with each image where it belongs; images beyond the markers go to the end."""
+    pieces = [_text(piece) for piece in prompt.split(IMAGE_MARKER)]
+    uris = [_data_uri(_enlarged(image)) for image in images]
+    shown = [f'<img class="pixels" src="{uri}" alt="image {i}">' for i, uri in enumerate(uris, start=1)]
+    shown += [_text(IMAGE_MARKER)] * (len(pieces) - 1 - len(shown))  # a marker without its image stays visible
+    body = pieces[0] + "".join(image + piece for image, piece in zip(shown, pieces[1:], strict=False))
+    return body + "".join(shown[len(pieces) - 1 :])
+
+
+def _enlarged(image: np.ndarray) -> bytes:
+    factor = max(1, round(_IMAGE_SIDE / max(image.shape[:2])))  # whole, so that pixels stay equal squares
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(np.repeat(np.repeat(image, factor, axis=0), factor, axis=1)).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _group(group: RolloutGroup, mark: str | None) -> str:
+    accuracy = _accuracy(group)
+    score = "nothing could be graded" if accuracy is None else f"{accuracy:.0%} correct"
+    tokens = f"{np.mean([len(rollout) for rollout in group.rollouts]):.0f} tokens on average" if group.rollouts else ""
+    badge = f' <span class="mark {mark.split()[0]}">{_text(mark)}</span>' if mark else ""
+    pairs = zip(group.rollouts, group.verdicts, strict=True)
+    rollouts = "".join(_rollout(*pair, opened=i == 0) for i, pair in enumerate(pairs))
+    return f'<div class="group"><p><b>{score}</b>{badge} <span class="quiet">{tokens}</span></p>{rollouts}</div>'
+
+
+def _rollout(rollout: Rollout, verdict: Verdict, *, opened: bool) -> str:
+    outcome = verdict.outcome.value
+    detail = f' <code class="detail">{_text(verdict.detail)}</code>' if verdict.detail else ""
+    stop = {"end": "ended by itself", "length": "cut at its budget"}[rollout.stop.value]
+    return (
+        f'<details{" open" if opened else ""}><summary><span class="badge {outcome}">{outcome}</span>{detail} '
+        f'<span class="quiet">{len(rollout)} tokens, {stop}</span></summary><pre>{_text(rollout.text)}</pre></details>'
+    )
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --quiet: #667080; --paper: #f7f7f5; --card: #ffffff; --line: #e3e5e8;
+  --code: #f3f4f5; --accent: #1f6feb; --good: #0f7a4f; --good-bg: #dcf5e8; --bad: #b42318; --bad-bg: #fde7e4;
+  --odd: #8a5a00; --odd-bg: #fbefd0; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --quiet: #9aa3ae; --paper: #121416; --card: #1a1d21;
+  --line: #2f353d; --code: #22262b; --accent: #6cabff; --good: #63d6a4; --good-bg: #15382a; --bad: #ff9d92;
+  --bad-bg: #44211d; --odd: #f0c674; --odd-bg: #3b3015; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 72rem; margin: 0 auto; padding: 2.5rem 1.25rem 5rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0; letter-spacing: -0.01em; }
+h2 { font-size: 1.25rem; margin: 3rem 0 1rem; }
+h3 { font-size: 1.05rem; margin: 0 0 .75rem; }
+h4 { font-size: .8rem; margin: 0 0 .5rem; letter-spacing: .06em; color: var(--quiet); }
+h3 .quiet { font-weight: 400; }
+p { margin: .4rem 0 .8rem; }
+a { color: var(--accent); }
+code, pre { font: .86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+code { background: var(--code); border-radius: 4px; padding: .1em .35em; overflow-wrap: anywhere; }
+pre { background: var(--code); border-radius: 6px; padding: .8rem 1rem; margin: .5rem 0 .25rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; max-height: 32rem; overflow-y: auto; }
+.quiet, .label { color: var(--quiet); font-size: .9rem; }
+.headline { display: inline-grid; margin: 1.25rem 3rem 0 0; }
+.big { font-size: 2.3rem; font-weight: 650; line-height: 1.25; letter-spacing: -0.02em;
+  font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem 1.1rem .35rem 0; text-align: right; white-space: nowrap; }
+thead th { color: var(--quiet); font-weight: 500; font-size: .85rem; border-bottom: 1px solid var(--line); }
+tbody th, td.left { text-align: left; }
+tr.first > * { border-top: 1px solid var(--line); }
+tbody tr.first:first-child > * { border-top: 0; }
+.curves { display: block; width: 100%; height: auto; border: 1px solid var(--line); border-radius: 10px;
+  margin-bottom: 1rem; }
+article { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1.25rem 1.4rem;
+  margin-bottom: 1.25rem; }
+.prompt { white-space: pre-wrap; overflow-wrap: anywhere; margin-bottom: .75rem; }
+.pixels { display: block; image-rendering: pixelated; max-width: 100%; margin: .5rem 0; border: 1px solid var(--line);
+  border-radius: 4px; }
+.stages { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem; }
+.stage { min-width: 0; border-top: 1px solid var(--line); padding-top: .9rem; }
+details { margin: .4rem 0; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
+.badge, .mark { border-radius: 999px; padding: .1em .65em; font-size: .78rem; font-weight: 600; white-space: nowrap; }
+.correct, .best { color: var(--good); background: var(--good-bg); }
+.wrong, .worst { color: var(--bad); background: var(--bad-bg); }
+.ungradable { color: var(--odd); background: var(--odd-bg); }
+@media print { pre { max-height: none; } article { break-inside: avoid; } }
+"""

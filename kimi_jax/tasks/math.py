@@ -1,0 +1,176 @@
+"""Arithmetic with worked solutions: sums to be computed step by step, and targets to be searched for.
+
+`chain` rewards care: an early slip spoils the rest. `countdown` rewards search: try, check, go back (k1.5 §2.2). Both
+are short, because a small model on a CPU pays for every token.
+"""
+
+import ast
+import operator
+import re
+from fractions import Fraction
+
+import numpy as np
+
+from kimi_jax.tasks.base import ANSWER_MARKER, Task, final_answer, verify_exact
+from kimi_jax.types import Outcome, Problem, Verdict
+
+# --- chain ----------------------------------------------------------------------------------------------------------
+
+
+def draw_chain(rng: np.random.Generator, difficulty: int) -> tuple[str, Problem]:
+    """A chain of `difficulty` operations to be done from left to right, every value in 0..99: (expression, problem)."""
+    value = int(rng.integers(1, 10) if rng.random() < 0.3 else rng.integers(10, 100))
+    operands, expression = [value], str(value)
+    steps: list[str] = []
+    while len(steps) < difficulty:
+        kind = rng.random()
+        if kind < 0.2:
+            sign, operand = "*", int(rng.integers(2, 6))
+            result = value * operand
+        else:
+            sign, operand = "+" if kind < 0.6 else "-", int(rng.integers(1, 10 if rng.random() < 0.5 else 60))
+            result = value + operand if sign == "+" else value - operand
+        if not 0 <= result <= 99 or (sign == "*" and value == 0):
+            continue
+        steps.append(f"{value}{sign}{operand}={result}.")
+        expression += f"{sign}{operand}"
+        operands.append(operand)
+        value = result
+    return expression, Problem(
+        id=f"chain:{','.join(map(str, sorted(operands)))}>{value}",
+        task="chain",
+        prompt=f"Compute {expression} from left to right.",
+        answer=str(value),
+        difficulty=difficulty,
+        solution=f"{' '.join(steps)} {ANSWER_MARKER} {value}",
+    )
+
+
+CHAIN = Task(
+    name="chain",
+    kind="text",
+    difficulties=(2, 3, 4, 5),
+    draw=lambda rng, difficulty: draw_chain(rng, difficulty)[1],
+    verify=verify_exact,
+)
+
+
+# --- countdown ------------------------------------------------------------------------------------------------------
+
+MAX_TRACE = 300  # characters of a worked search; problems whose search is longer are not drawn
+_MAX_VALUE = 199  # on the way
+_WIDTH = 3  # how many moves a search tries below the first level before it goes back
+
+Item = tuple[int, str]  # a value and the expression that has it
+
+
+def _moves(a: Item, b: Item) -> list[tuple[str, Item]]:
+    """The operations on two items that lead to a positive integer: ("8-2=6", (6, "8-2"))."""
+    (x, left), (y, right) = sorted((a, b), reverse=True)
+    results = [("+", x + y), ("-", x - y), ("*", x * y)] + ([("/", x // y)] if x % y == 0 else [])
+    left, right = (e if e.isdigit() else f"({e})" for e in (left, right))
+    return [(f"{x}{sign}{y}={v}", (v, f"{left}{sign}{right}")) for sign, v in results if 0 < v <= _MAX_VALUE]
+
+
+def _search(
+    items: list[Item], target: int, rng: np.random.Generator, trace: list[str], width: int | None
+) -> str | None:
+    """Depth-first search for an expression of all items with value `target`; appends all it tries to `trace`."""
+    if len(items) == 2:
+        for text, (value, expression) in _moves(*items):
+            trace.append(text)
+            if value == target:
+                trace.append("yes.")
+                return expression
+        trace.append("no.")
+        return None
+    pairs = [(i, j) for j in range(len(items)) for i in range(j)]
+    moves = [(move, pair) for pair in pairs for move in _moves(items[pair[0]], items[pair[1]])]
+    for k in rng.permutation(len(moves))[:width].tolist():
+        (text, item), pair = moves[k]
+        rest = [item] + [other for i, other in enumerate(items) if i not in pair]
+        trace.append(f"{text}:" if len(rest) == 2 else f"{text} [{' '.join(str(value) for value, _ in rest)}]")
+        expression = _search(rest, target, rng, trace, _WIDTH)
+        if expression or sum(map(len, trace)) > MAX_TRACE:
+            return expression
+    trace.append("back.")
+    return None
+
+
+def draw_countdown(rng: np.random.Generator, difficulty: int) -> Problem:
+    """A target in 10..99 to be made of `difficulty` numbers in 1..20, each used once, with + - * /.
+
+    The target is drawn first, so targets are spread evenly; numbers are drawn until a short search finds it.
+    """
+    target = int(rng.integers(10, 100))
+    while True:
+        numbers = rng.integers(1, 21, difficulty).tolist()
+        trace: list[str] = []
+        expression = _search([(number, str(number)) for number in numbers], target, rng, trace, None)
+        solution = f"{' '.join(trace)} {ANSWER_MARKER} {expression}"
+        if expression and len(solution) <= MAX_TRACE:
+            break
+    return Problem(
+        id=f"countdown:{','.join(map(str, sorted(numbers)))}>{target}",
+        task="countdown",
+        prompt=f"Make {target} from {', '.join(map(str, numbers))}.",
+        answer=expression,
+        difficulty=difficulty,
+        solution=solution,
+    )
+
+
+_EXPRESSION = re.compile(r"[0-9+\-*/() ]{1,80}")
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def parse_expression(text: str) -> tuple[list[int], Fraction]:
+    """(the numbers, sorted; the exact value) of an expression of non-negative integers with + - * / and parentheses.
+
+    Nothing is executed: the syntax tree is walked, and the length of the text, up to 80 characters, bounds its size.
+
+    Raises:
+        ValueError: the text is anything else, or divides by zero.
+    """
+    if not _EXPRESSION.fullmatch(text):
+        raise ValueError(f"{text!r:.90} is not an expression of integers, + - * / and parentheses, up to 80 characters")
+    numbers: list[int] = []
+
+    def value(node: ast.expr) -> Fraction:
+        match node:
+            case ast.Constant(value=int(number)):
+                numbers.append(number)
+                return Fraction(number)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+                return _OPERATORS[type(op)](value(left), value(right))
+        raise ValueError(f"{text!r} has more than integers, + - * / and parentheses")
+
+    try:
+        result = value(ast.parse(text.strip(), mode="eval").body)
+    except SyntaxError as error:
+        raise ValueError(f"{text!r} is not a well-formed expression") from error
+    except ZeroDivisionError as error:
+        raise ValueError(f"{text!r} divides by zero") from error
+    return sorted(numbers), result
+
+
+def verify_countdown(problem: Problem, text: str) -> Verdict:
+    """Correct if the answer uses the same numbers as the reference expression, each once, and has the same value.
+
+    Raises:
+        ValueError: the reference is not an expression.
+    """
+    numbers, target = parse_expression(problem.answer)
+    answer, why = final_answer(text)
+    if answer is None:
+        return Verdict(Outcome.WRONG, why)
+    try:
+        used, value = parse_expression(answer)
+    except ValueError as error:
+        return Verdict(Outcome.WRONG, str(error))
+    if used != numbers:
+        return Verdict(Outcome.WRONG, f"{answer} uses {used}, not {numbers}")
+    return Verdict(Outcome.CORRECT if value == target else Outcome.WRONG, answer)
+
+
+COUNTDOWN = Task(name="countdown", kind="text", difficulties=(3, 4, 5), draw=draw_countdown, verify=verify_countdown)

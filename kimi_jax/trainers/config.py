@@ -1,0 +1,156 @@
+"""Every setting of a run, with its default. A config file starts from `default_config()` and changes some of it.
+
+The tree is locked: a misspelt key is refused with the nearest valid one. Only `trainers/` and `scripts/` read a config.
+"""
+
+import difflib
+from collections.abc import Iterator
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def default_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+
+    config.model = ml_collections.ConfigDict()
+    config.model.size = "tiny"  # a name in models.config.NAMED_SIZES
+    config.model.dtype = config_dict.placeholder(str)  # compute dtype; None keeps that of the size
+    config.model.sampling_dtype = config_dict.placeholder(str)  # of the rollout copy of the weights; None: the same
+    config.model.attention = "auto"  # a name in models.attention.IMPLEMENTATIONS, or auto
+    config.model.remat = True  # recompute each layer in the backward pass
+    config.model.unroll = 1  # layers per step of the scan: more compile longer and may run faster
+
+    config.mesh = ml_collections.ConfigDict()  # sizes of the axes; one of them may be -1: all devices that are left
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
+    config.tokenizer = ml_collections.ConfigDict()
+    config.tokenizer.vocab_size = 384  # at most; a small corpus gives fewer
+
+    config.data = ml_collections.ConfigDict()
+    config.data.text_tasks = ("chain",)  # names in tasks.TASKS
+    config.data.image_tasks = ("text_image", "scene_count", "scene_compare", "scene_locate", "bar_chart")
+    config.data.train_per_kind = 8_000  # problems of each kind (text, image), shared out evenly among its tasks
+    config.data.heldout_per_kind = 1_000
+
+    config.sft = ml_collections.ConfigDict()
+    config.sft.examples_per_kind = 8_000  # how many of the train problems come with their worked solution
+    config.sft.steps = 400
+    config.sft.rows = 64  # packed rows per update
+    config.sft.micro_rows = 16  # rows per micro-batch: what is in memory at once
+    config.sft.eval_every = 100  # steps between evaluations
+    config.sft.eval_problems = 128  # of each kind, greedy
+    config.sft.checkpoint_every = 100
+
+    config.rl = ml_collections.ConfigDict()
+    config.rl.iterations = 60
+    config.rl.problems = 32  # per iteration
+    config.rl.responses = 8  # k, per problem
+    config.rl.updates = 4  # mini-batches, hence optimizer steps, per iteration
+    config.rl.micro_rows = 16
+    config.rl.temperature = 1.0
+    config.rl.tau = 0.05  # τ, strength of the pull towards π_i
+    config.rl.form = "sequence"  # or length_normalized, token: losses.mirror_descent
+    config.rl.baseline = "mean"  # or log_z
+    config.rl.reset_optimizer = True  # fresh moments each iteration (k1.5 §2.3.2)
+    config.rl.permute_advantages = False  # control: shuffles the advantages within each group, so learning must vanish
+    config.rl.length_weight = 0.0  # of the length reward
+    config.rl.length_warmup = 20  # iterations before the length reward starts
+    config.rl.curriculum = "uniform"  # or hard_after: rl.prompts
+    config.rl.curriculum_iterations = 20
+    config.rl.hard_difficulty = 3
+    config.rl.prior_success = 0.5  # of a problem that was never tried
+    config.rl.prior_visits = 2.0
+    config.rl.priority_floor = 0.1
+    config.rl.eval_every = 0  # iterations between evaluations; 0: only at the end
+    config.rl.eval_problems = 128
+    config.rl.checkpoint_every = 10  # iterations
+    config.rl.keep_last = 2
+    config.rl.keep_best = 1
+
+    for stage, peak, end, kind in ((config.sft, 2e-3, 2e-4, "cosine"), (config.rl, 3e-4, 3e-4, "constant")):
+        stage.optimizer = ml_collections.ConfigDict()
+        stage.optimizer.name = "adam"  # or sgd
+        stage.optimizer.schedule = kind
+        stage.optimizer.peak = peak
+        stage.optimizer.end = end
+        stage.optimizer.warmup_steps = 20
+        stage.optimizer.b1 = 0.9
+        stage.optimizer.b2 = 0.95
+        stage.optimizer.eps = 1e-8
+        stage.optimizer.weight_decay = 0.0
+        stage.optimizer.clip_norm = 1.0
+
+    config.rows = ml_collections.ConfigDict()  # shape of packed rows, in training of both kinds
+    config.rows.tokens = 128
+    config.rows.patches = 112
+    config.rows.logits_chunk = 128  # tokens per row whose logits exist at once
+
+    config.sampling = ml_collections.ConfigDict()
+    config.sampling.rows = 256  # responses in flight
+    config.sampling.prompt_tokens = 48  # bucket that prompts are padded to
+    config.sampling.prompt_patches = 112
+    config.sampling.max_tokens = 64  # of a response
+    config.sampling.chunk = 32  # decode steps between two looks at the host
+
+    config.eval = ml_collections.ConfigDict()
+    config.eval.report_groups = 12  # problems of each kind shown in the report, with rl.responses responses each
+    return config.lock()
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Refuses what could only fail later. Raises ValueError that names the fields and the remedy."""
+    known = set(_paths(default_config()))
+    for path in _paths(config):
+        if path not in known:
+            near = difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"Unknown config key {path!r}. Did you mean {near!r}?")
+
+    def divides(small: str, large: str):
+        a, b = _get(config, small), _get(config, large)
+        if a < 1 or b % a:
+            raise ValueError(f"config.{large}={b} must be a multiple of config.{small}={a}. Change one of the two.")
+
+    divides("sft.micro_rows", "sft.rows")
+    divides("rl.responses", "sampling.rows")
+    divides("rl.updates", "rl.problems")
+    divides("rows.logits_chunk", "rows.tokens")
+    if config.rl.responses < 2:
+        raise ValueError(f"config.rl.responses={config.rl.responses}: a group needs at least 2 responses to be compared.")
+    if config.rl.tau <= 0 or config.rl.temperature <= 0:
+        raise ValueError(f"config.rl.tau={config.rl.tau} and config.rl.temperature={config.rl.temperature} must be positive.")
+    for kind, tasks in (("text", config.data.text_tasks), ("image", config.data.image_tasks)):
+        if tasks and (config.data.train_per_kind % len(tasks) or config.data.heldout_per_kind % len(tasks)):
+            raise ValueError(
+                f"config.data.train_per_kind={config.data.train_per_kind} and heldout_per_kind={config.data.heldout_per_kind} "
+                f"must be multiples of the number of {kind} tasks, {len(tasks)}."
+            )
+    if config.sft.examples_per_kind > config.data.train_per_kind:
+        raise ValueError(
+            f"config.sft.examples_per_kind={config.sft.examples_per_kind} exceeds config.data.train_per_kind="
+            f"{config.data.train_per_kind}: the examples are the worked solutions of the first train problems."
+        )
+    longest = config.sampling.prompt_tokens + config.sampling.max_tokens
+    if longest > config.rows.tokens or config.sampling.prompt_patches > config.rows.patches:
+        raise ValueError(
+            f"A row of config.rows.tokens={config.rows.tokens} tokens and config.rows.patches={config.rows.patches} patches cannot "
+            f"hold the longest response: sampling.prompt_tokens + max_tokens = {longest}, sampling.prompt_patches = "
+            f"{config.sampling.prompt_patches}."
+        )
+
+
+def _paths(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[str]:
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from _paths(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _get(config, path):
+    for name in path.split("."):
+        config = config[name]
+    return config

@@ -1,0 +1,29 @@
+"""Ctrl-C as a request: the loop finishes its step, saves, and leaves."""
+
+import signal
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved where it is."""
+
+
+class StopRequest:
+    """Within the context, the first SIGINT or SIGTERM sets `requested`; a second one acts as usual."""
+
+    def __init__(self):
+        self.requested = False
+        self._previous = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        self.requested = True
+        print("\nStopping: finishing this step and saving. Press Ctrl-C again to leave at once.", flush=True)
+        signal.signal(number, self._previous[number])

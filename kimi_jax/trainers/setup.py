@@ -1,0 +1,179 @@
+"""From a config to the things a run is made of: mesh, policy, tokenizer, problems, engines."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import ml_collections
+import optax
+
+from kimi_jax.data import chat
+from kimi_jax.data.loaders import encoded_problems
+from kimi_jax.data.tokenizer import Tokenizer
+from kimi_jax.models import attention
+from kimi_jax.models.config import ModelConfig, named_size
+from kimi_jax.models.policy import Policy
+from kimi_jax.sampling.engine import Engine
+from kimi_jax.sampling.handover import make_handover
+from kimi_jax.tasks import get_task
+from kimi_jax.tasks.base import make_problems
+from kimi_jax.training import optim, sharding
+from kimi_jax.training.step import LossFn, Stepper
+from kimi_jax.types import Problem
+
+# Independent streams of randomness under one seed.
+INIT, ROLLOUT, EVALUATION, REPORT = range(4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    config: ml_collections.ConfigDict
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    policy: Policy
+    tokenizer: Tokenizer
+    train: list[Problem]  # kinds and tasks interleaved
+    heldout: list[Problem]
+    engine: Engine
+    to_rollout: Callable[[dict, dict | None], dict]
+
+    def key(self, stream: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(self.config.seed), stream)
+
+    @property
+    def patching(self) -> dict[str, int]:
+        vision = self.policy.config.vision
+        return {"patch_size": vision.patch_size, "merge": vision.merge_size}
+
+    @property
+    def packing(self) -> dict[str, int]:
+        vision = self.policy.config.vision
+        return {
+            "row_tokens": self.config.rows.tokens,
+            "row_patches": self.config.rows.patches,
+            "patch_dim": vision.patch_dim,
+            "merge": vision.merge_size,
+            "image_id": self.tokenizer.image_id,
+        }
+
+    def prompts(self, problems: list[Problem]) -> grain.MapDataset:
+        """Encoded prompts, made when asked for."""
+        return encoded_problems(problems, functools.partial(chat.encode_problem, tokenizer=self.tokenizer, **self.patching))
+
+    def init_params(self) -> dict:
+        return jax.jit(self.policy.init, out_shardings=self.params_sharding)(self.key(INIT))
+
+    @property
+    def params_like(self) -> Any:
+        """Shapes and shardings of the parameters: what a checkpoint is restored into."""
+        shapes = jax.eval_shape(self.policy.init, self.key(INIT))
+        place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
+        return jax.tree.map(place, shapes, self.params_sharding)
+
+    @property
+    def params_sharding(self) -> Any:
+        return sharding.shardings(self.mesh, jax.eval_shape(self.policy.init, self.key(INIT)), sharding.TRAIN_RULES)
+
+    def put_rows(self, tree: Any) -> Any:
+        return sharding.put_rows(self.mesh, tree)
+
+    def stepper(self, loss_fn: LossFn, options: ml_collections.ConfigDict, total_steps: int) -> Stepper:
+        return make_stepper(self.config, self.policy, self.mesh, loss_fn, options, total_steps)
+
+
+def make_stepper(config, policy, mesh, loss_fn: LossFn, options: ml_collections.ConfigDict, total_steps: int) -> Stepper:
+    """options: config.sft.optimizer or config.rl.optimizer."""
+    return Stepper(
+        policy=policy,
+        loss_fn=loss_fn,
+        optimizer=make_optimizer(options),
+        schedule=functools.partial(
+            optim.learning_rate,
+            kind=options.schedule,
+            peak=options.peak,
+            end=options.end,
+            warmup_steps=options.warmup_steps,
+            total_steps=total_steps,
+        ),
+        clip_norm=options.clip_norm,
+        logits_chunk=config.rows.logits_chunk,
+        moments_sharding=lambda shapes: sharding.shardings(mesh, shapes, sharding.TRAIN_RULES),
+    )
+
+
+def make_optimizer(options: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    if options.name == "sgd":
+        return optim.sgd()
+    if options.name == "adam":
+        return optim.adam(b1=options.b1, b2=options.b2, eps=options.eps, weight_decay=options.weight_decay)
+    raise ValueError(f"Unknown optimizer {options.name!r}: use 'adam' or 'sgd'.")
+
+
+def model_config(config: ml_collections.ConfigDict, vocab_size: int | None) -> ModelConfig:
+    """The named size with the config's changes. vocab_size: of the tokenizer; None keeps that of the size."""
+    changes = {"dtype": config.model.dtype, "vocab_size": vocab_size}
+    return named_size(config.model.size, **{name: value for name, value in changes.items() if value})
+
+
+def make_policy(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, shape: ModelConfig) -> Policy:
+    implementation = config.model.attention
+    if implementation == "auto":
+        implementation = attention.choose_implementation(mesh.devices.flat[0].platform, shape.dtype)
+    if implementation not in attention.IMPLEMENTATIONS:
+        raise ValueError(
+            f"config.model.attention={implementation!r} must be 'auto' or one of {', '.join(attention.IMPLEMENTATIONS)}."
+        )
+    return Policy(shape, implementation, mesh, remat=config.model.remat, unroll=config.model.unroll)
+
+
+def make_problem_sets(config: ml_collections.ConfigDict) -> tuple[list[Problem], list[Problem]]:
+    """(train, heldout), tasks taking turns so that any prefix is balanced."""
+    sets = []
+    for split, per_kind in (("train", config.data.train_per_kind), ("heldout", config.data.heldout_per_kind)):
+        kinds = []
+        for tasks in (config.data.text_tasks, config.data.image_tasks):
+            drawn = [make_problems(get_task(t), split=split, count=per_kind // len(tasks), seed=config.seed) for t in tasks]
+            if drawn:
+                kinds.append([problem for turn in zip(*drawn, strict=True) for problem in turn])
+        sets.append([problem for turn in zip(*kinds, strict=True) for problem in turn])
+    return sets[0], sets[1]
+
+
+def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setup:
+    """Everything but parameters. Trains the tokenizer on the task text, or loads it when the run is resumed."""
+    mesh = sharding.make_mesh(**config.mesh)
+    train, heldout = make_problem_sets(config)
+    path = workdir / "tokenizer.model"
+    if path.exists():
+        tokenizer = Tokenizer.load(path)
+    else:
+        texts = [text for problem in train for text in (problem.prompt, problem.solution)]
+        tokenizer = Tokenizer.train(texts, path, vocab_size=config.tokenizer.vocab_size)
+    policy = make_policy(config, mesh, model_config(config, tokenizer.vocab_size))
+    engine = make_engine(config, mesh, policy, tokenizer)
+    dtype = config.model.sampling_dtype or policy.config.dtype
+    return Setup(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        policy=policy,
+        tokenizer=tokenizer,
+        train=train,
+        heldout=heldout,
+        engine=engine,
+        to_rollout=make_handover(policy, mesh, dtype=dtype),
+    )
+
+
+def make_engine(config, mesh, policy: Policy, tokenizer: Tokenizer, **changes) -> Engine:
+    return Engine(
+        policy=policy,
+        image_id=tokenizer.image_id,
+        decode_text=tokenizer.decode,
+        put_rows=functools.partial(sharding.put_rows, mesh),
+        **dict(config.sampling) | changes,
+    )

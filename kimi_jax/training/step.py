@@ -1,0 +1,109 @@
+"""One update, for supervised learning and RL alike: gradients of micro-batches add up, then the optimizer moves once.
+
+    acc = trainer.zeros(params)
+    for micro_batch in mini_batch:
+        acc = trainer.accumulate(acc, params, micro_batch, hyper)
+    state, metrics = trainer.apply(state, acc)
+
+A loss is a pure function `loss_fn(logprobs, batch, hyper) -> (loss, parts)` of the log-probs of the targets. Its parts add up over
+micro-batches, except those named `max_...`, which combine by the maximum.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kimi_jax.models.policy import Policy
+from kimi_jax.types import TrainState
+
+LossFn = Callable[[jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient was inf or nan. The update was not applied."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stepper:
+    """The jitted pieces of an update. `batch.rows` are PackedRows; everything that varies at run time is in `hyper`."""
+
+    policy: Policy
+    loss_fn: LossFn
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[jax.Array], jax.Array]
+    clip_norm: float
+    logits_chunk: int
+    moments_sharding: Callable[[Any], Any] = lambda shapes: None  # shapes of an optimizer state -> shardings
+
+    def __post_init__(self):
+        jitted = {
+            "score": jax.jit(self._score),
+            "accumulate": jax.jit(self._accumulate, donate_argnums=0),
+            "apply": jax.jit(self._apply, donate_argnums=(0, 1)),
+        }
+        for name, function in jitted.items():
+            object.__setattr__(self, name, function)
+
+    def init_optimizer(self, params) -> Any:
+        """Fresh moments, laid out like the parameters."""
+        shapes = jax.eval_shape(self.optimizer.init, params)
+        return jax.jit(self.optimizer.init, out_shardings=self.moments_sharding(shapes))(params)
+
+    def zeros(self, params, batch, hyper) -> dict:
+        """An empty accumulator."""
+        _, parts = jax.eval_shape(self._loss, params, batch, hyper)
+        grads = jax.jit(lambda p: jax.tree.map(jnp.zeros_like, p))(params)
+        return {"grads": grads, "parts": {name: jnp.zeros((), part.dtype) for name, part in parts.items()}}
+
+    def _logprobs(self, params, rows, temperature):
+        return self.policy.logprobs(params, rows, temperature=temperature, logits_chunk=self.logits_chunk)
+
+    def _score(self, params, rows, temperature):
+        """Log-probs of the targets in training numerics, [R, T]."""
+        return self._logprobs(params, rows, temperature)[0]
+
+    def _loss(self, params, batch, hyper):
+        logprobs, entropy = self._logprobs(params, batch.rows, hyper["temperature"])
+        loss, parts = self.loss_fn(logprobs, batch, hyper)
+        entropy = jnp.sum(jnp.where(batch.rows.loss_mask, entropy, 0.0))
+        return loss, parts | {"loss": loss, "entropy": entropy}
+
+    def _accumulate(self, acc, params, batch, hyper):
+        grads, parts = jax.grad(self._loss, has_aux=True)(params, batch, hyper)
+        combine = lambda name: jnp.maximum if name.startswith("max_") else jnp.add  # noqa: E731
+        return {
+            "grads": jax.tree.map(jnp.add, acc["grads"], grads),
+            "parts": {name: combine(name)(acc["parts"][name], part) for name, part in parts.items()},
+        }
+
+    def _apply(self, state: TrainState, acc) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One step of the optimizer; leaves the state untouched when the loss or the gradient is not finite."""
+        norm = optax.global_norm(acc["grads"])
+        finite = jnp.isfinite(norm) & jnp.isfinite(acc["parts"]["loss"])
+        grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, self.clip_norm / (norm + 1e-12)), acc["grads"])
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        rate = self.schedule(state.step)
+        updates = jax.tree.map(lambda u: -rate * u, updates)
+        proposed = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
+        metrics = {
+            **acc["parts"],
+            "grad_norm": norm,
+            "update_norm": optax.global_norm(updates),
+            "learning_rate": rate,
+            "finite": finite.astype(jnp.float32),
+        }
+        return state, metrics
+
+
+def check_finite(metrics: dict[str, float], where: str) -> None:
+    """Raises NonFiniteError that says where and what to try, if an update was skipped."""
+    if metrics["finite"] < 1:
+        raise NonFiniteError(
+            f"{where}: the loss ({metrics['loss']}) or gradient norm ({metrics['grad_norm']}) is not finite. The update was not "
+            "applied and the last checkpoint is intact. Lower the learning rate or clip_norm, or look at the newest metrics."
+        )

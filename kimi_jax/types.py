@@ -1,0 +1,188 @@
+"""The nouns of the project. Verbs live elsewhere.
+
+Host nouns are plain dataclasses; device nouns are pytrees of arrays. `rl.batch.build_minibatches` is the one place where the
+first become the second on the way to an update.
+
+Axis letters, everywhere in the project:
+
+    R  packed rows          T  tokens of a row         P  patches of a row        C  values of a patch
+    B  sampled rows         S  slots of a KV cache     N  responses of a batch    k  responses per problem
+    L  layers               D  model width             H  query heads             K  key/value heads
+    G  = H / K              E  width of a head         F  width of the MLP        V  vocabulary
+"""
+
+import dataclasses
+import enum
+import typing
+from typing import Any
+
+import jax
+import numpy as np
+
+IMAGE_MARKER = "<image>"  # stands once in a prompt for each of its images, where the image belongs
+
+
+# --- host nouns -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """One task to solve. `id` is its canonical content: problems that ask the same thing share it, whatever their wording."""
+
+    id: str
+    task: str  # a name in tasks.TASKS, which also holds the verifier
+    prompt: str  # contains IMAGE_MARKER once per image
+    answer: str  # the ground truth y*
+    difficulty: int = 0
+    images: tuple[np.ndarray, ...] = ()  # each uint8 [height, width, 3]
+    solution: str = ""  # a worked chain of thought that ends with the answer; "" where none is known
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImagePatches:
+    """An image cut for the vision tower, patches of one merge block next to each other (`data.images.patchify`)."""
+
+    patches: np.ndarray  # float32 [P, C] in [-1, 1]
+    positions: np.ndarray  # int32 [P, 2], the (row, column) of each patch
+    num_tokens: int  # how many tokens of the language model it becomes: P / merge²
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+    """A problem as the model reads it: token ids with one image token per merged patch, and the patches."""
+
+    tokens: np.ndarray  # int32 [n]
+    images: tuple[ImagePatches, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """A token sequence to learn from. `trained[t]` says that token t is a target of the loss."""
+
+    tokens: np.ndarray  # int32 [n]
+    trained: np.ndarray  # bool [n]
+    images: tuple[ImagePatches, ...] = ()
+
+
+class StopReason(enum.StrEnum):
+    END = "end"  # the model wrote an end token, which is the last token of the response
+    LENGTH = "length"  # the token budget was used up
+
+
+class Outcome(enum.StrEnum):
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNGRADABLE = "ungradable"  # the verifier failed; says nothing about the response
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    outcome: Outcome
+    detail: str = ""  # the extracted answer, or why there is none
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rollout:
+    """One sampled response. `serial` is the number from which all of its randomness is drawn (`sampling.logits`)."""
+
+    serial: int
+    tokens: np.ndarray  # int32 [n], the end token included
+    logprobs: np.ndarray  # float32 [n], under the policy that sampled
+    stop: StopReason
+    policy_version: int  # RL iteration whose weights sampled it
+    text: str = ""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RolloutGroup:
+    """The k responses to one problem, and what the verifier said of each."""
+
+    problem: Problem
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    verdicts: tuple[Verdict, ...] = ()
+
+
+# --- device nouns ---------------------------------------------------------------------------------------------------
+
+
+@typing.dataclass_transform(eq_default=False, frozen_default=True)
+def pytree(cls):
+    """A frozen dataclass whose fields are arrays, as a JAX pytree."""
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    return jax.tree_util.register_dataclass(cls, [f.name for f in dataclasses.fields(cls)], [])
+
+
+@pytree
+class PackedRows:
+    """Several token sequences side by side in rows of one length; none attends to another.
+
+    Two sequences "ab" and "cde" (b, d, e trained) in one row of 7:
+
+        tokens      a b c d e . .
+        targets     b . d e . . .      the token that follows within the sequence
+        loss_mask   1 0 1 1 0 0 0      is that target trained?
+        positions   0 1 0 1 2 0 0
+        segments    1 1 2 2 2 0 0      0 is padding
+
+    Every row brings the patches of its own images, so rows are independent: they shard and split into micro-batches freely.
+    """
+
+    tokens: Any  # int32 [R, T]
+    targets: Any  # int32 [R, T]
+    loss_mask: Any  # bool [R, T]
+    positions: Any  # int32 [R, T]
+    segments: Any  # int32 [R, T]
+    image_index: Any  # int32 [R, T], which merged patch of the row stands here; -1 at text tokens
+    patches: Any  # float32 [R, P, C]
+    patch_positions: Any  # int32 [R, P, 2]
+    patch_segments: Any  # int32 [R, P], 1, 2, ... per image; 0 is padding
+
+
+@pytree
+class RLBatch:
+    """A micro-batch of packed prompt + response sequences with what a loss may look at. Responses are never split over rows."""
+
+    rows: PackedRows
+    response: Any  # int32 [R, T], index of the response that a target belongs to, in 0..N-1; 0 where loss_mask is off
+    behavior_logprobs: Any  # float32 [R, T], of the targets, from the sampler
+    reference_logprobs: Any  # float32 [R, T], of the targets, under π_i in training numerics
+    rewards: Any  # float32 [N], shaped reward r_j
+    advantages: Any  # float32 [N], r_j - b
+    weights: Any  # float32 [N], 1 / (k · problems of the mini-batch); 0 for padding, so that micro-batch losses add up
+    lengths: Any  # float32 [N], |y_j| in tokens, at least 1
+    group: Any  # int32 [N], which problem of the mini-batch
+    policy_version: Any  # int32 [N], the iteration whose weights sampled the response
+
+
+@pytree
+class TrainState:
+    """What an update changes. `step` counts updates and drives the schedule; it outlives resets of the optimizer."""
+
+    params: Any  # float32 masters in the training layout
+    opt_state: Any  # None between the iterations of RL, when the moments do not exist
+    step: Any  # int32 []
+
+
+@pytree
+class SamplingState:
+    """A batch of responses in the making. `decode.decode_chunk` maps one of these to the next.
+
+    `last_token` is the newest token of a row: drawn, stored, and not yet read. The next step reads it at position
+    `next_position` and puts its keys and values into cache slot `next_slot`.
+    """
+
+    cache: Any  # per layer (keys, values), each [B, S, K, E]
+    last_token: Any  # int32 [B]
+    next_position: Any  # int32 [B]
+    next_slot: Any  # int32 [B]
+    serials: Any  # uint32 [B], fold into the run key: the rollout's own randomness
+    budgets: Any  # int32 [B], most tokens that the response may have
+    lengths: Any  # int32 [B], tokens written so far
+    done: Any  # bool [B]
+    ended: Any  # bool [B], stopped by an end token (else, if done, by its budget)
+    tokens: Any  # int32 [B, M], the response
+    logprobs: Any  # float32 [B, M]

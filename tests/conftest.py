@@ -1,0 +1,24 @@
+"""What every test runs under. The environment is set before JAX is imported; processes that tests start inherit it."""
+
+import os
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda pytest ... runs the same tests on a GPU
+# Eight devices on any machine. Each needs a thread to meet the others in a collective; on few cores XLA's pool is too
+# small for many collectives in flight, and they wait for each other forever. NPROC: how many cores the pool assumes.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["NPROC"] = "32"
+# Each version of Python, and so of JAX, keeps its own cache.
+cache = ROOT / ".cache" / "jax" / f"py{sys.version_info.major}{sys.version_info.minor}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+
+import jax  # noqa: E402
+from absl import flags  # noqa: E402
+
+# A [T] array added to a [B, T] one is more often a bug than an intention: broadcasting has to be written out.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags, which otherwise only absl.app.run parses

@@ -1,0 +1,170 @@
+"""Answers read again from the pixels, and again from the content in the id; and how much guessing would earn."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from kimi_jax.tasks import TASKS, visual
+from kimi_jax.tasks.base import make_problems
+from kimi_jax.types import Problem
+
+# Widths of the rows of the plain shapes: drawn here by hand, not taken from the code.
+ROWS = {(6, 6, 6, 6, 6, 6): "square", (2, 4, 6, 6, 4, 2): "circle", (2, 2, 4, 4, 6, 6): "triangle", (2,) * 6: "cross"}
+NAMES = {"r": "red", "g": "green", "b": "blue", "y": "yellow"}
+KINDS = {"s": "square", "c": "circle", "t": "triangle", "x": "cross"}
+WHITE = (255, 255, 255)
+WORD = re.compile(r"\b(red|green|blue|yellow|black|squares?|circles?|triangles?|cross(es)?)\b")
+
+
+def drawn(name: str, count: int) -> list[Problem]:
+    return make_problems(TASKS[name], split="train", count=count, seed=11)
+
+
+def things_in_pixels(image: np.ndarray) -> dict[tuple[int, int], tuple[str, str]]:
+    colours = {rgb: name for name, rgb in visual.COLOURS.items()}
+    things = {}
+    for row in range(4):
+        for column in range(4):
+            cell = image[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            inked = (cell != WHITE).any(-1)
+            if inked.any():
+                (rgb,) = {tuple(pixel) for pixel in cell[inked].tolist()}
+                widths = tuple(w for w in inked.sum(1).tolist() if w)
+                things[row + 1, column + 1] = colours[rgb], ROWS[widths]
+    return things
+
+
+def things_in_id(problem: Problem) -> dict[tuple[int, int], tuple[str, str]]:
+    rows = problem.id.split(":")[1].split(" ")[0].split(";")
+    return {
+        (r, c // 2 + 1): (NAMES[row[c]], KINDS[row[c + 1]])
+        for r, row in enumerate(rows, start=1)
+        for c in range(0, 8, 2)
+        if row[c : c + 2] != ".."
+    }
+
+
+def answer_scene(things: dict, prompt: str) -> str:
+    """Answers the question in English about the things."""
+
+    def count(phrase: str) -> int:
+        words = [w.removesuffix("es") if w.startswith("crosses") else w.removesuffix("s") for w in phrase.split()]
+        wanted = {"cross" if w == "cros" else w for w in words} - {"shape"}
+        return sum(wanted <= set(thing) for thing in things.values())
+
+    if match := re.fullmatch(r"<image> How many more (\w+) than (\w+)(?: shapes)?\?", prompt):
+        return str(count(match[1]) - count(match[2]))
+    if match := re.fullmatch(r"<image> How many (\w+(?: \w+)?)\?", prompt):
+        return str(count(match[1]))
+    colour, shape = re.fullmatch(r"<image> Where is the (\w+) (\w+)\?", prompt).groups()
+    ((row, column),) = [place for place, thing in things.items() if thing == (colour, shape)]
+    return f"row {row} column {column}"
+
+
+@pytest.mark.parametrize("name", ["scene_count", "scene_compare", "scene_locate"])
+def test_scenes_are_answered_by_their_pixels(name):
+    for problem in drawn(name, 211):
+        things = things_in_pixels(problem.images[0])
+        assert problem.images[0].shape == (32, 32, 3)
+        assert things == things_in_id(problem)
+        assert answer_scene(things, problem.prompt) == problem.answer
+        assert len(problem.solution) <= 62
+        if name == "scene_count":
+            counts = [int(n) for n in re.findall(r"\d+", problem.solution)]
+            by_row = [
+                answer_scene({p: t for p, t in things.items() if p[0] == row}, problem.prompt) for row in (1, 2, 3, 4)
+            ]
+            assert counts == [*map(int, by_row), int(problem.answer)]
+
+
+@pytest.mark.parametrize("name", ["scene_count_rich", "scene_compare_rich", "scene_locate_rich"])
+def test_rich_scenes_show_their_content(name):
+    """Colours per cell from the pixels; the answer from the content."""
+    for problem in drawn(name, 61):
+        things = things_in_id(problem)
+        image = problem.images[0].astype(int)
+        assert image.shape == (64, 64, 3)
+        for row in range(4):
+            for column in range(4):
+                cell = image[16 * row : 16 * row + 16, 16 * column : 16 * column + 16].reshape(-1, 1, 3)
+                near = (np.abs(cell - np.array([visual.COLOURS[c] for c in visual.SCENE_COLOURS])) < 35).all(-1).sum(0)
+                colour = visual.SCENE_COLOURS[int(near.argmax())] if near.max() > 5 else None
+                assert colour == things.get((row + 1, column + 1), (None,))[0]
+        assert answer_scene(things, problem.prompt) == problem.answer
+
+
+@pytest.mark.parametrize("style", [visual.PLAIN, visual.RICH])
+def test_shapes_differ_at_every_size(style):
+    for size in style.sizes:
+        masks = [visual.shape_mask(shape, size) for shape in visual.SHAPES]
+        for i, a in enumerate(masks):
+            assert all((a != b).mean() > 0.15 for b in masks[:i]), size
+
+
+@pytest.mark.parametrize("suffix", ["", "_rich"])
+def test_bars_have_the_heights_that_are_asked_for(suffix):
+    for problem in drawn("bar_chart" + suffix, 151):
+        image = problem.images[0].astype(int)
+        cell = 16 if suffix else 8
+        assert image.shape == (5 * cell, problem.difficulty * cell, 3)
+        heights = {}
+        for column in range(problem.difficulty):
+            strip = image[:, column * cell + cell // 2]
+            bottom = strip[-3:].mean(0)
+            colour = min(visual.COLOURS, key=lambda name: np.abs(bottom - visual.COLOURS[name]).sum())
+            inked = np.abs(strip - visual.COLOURS[colour]).max(-1) < 40
+            heights[colour] = inked.sum() / (cell // 2)
+        asked = re.findall("|".join(visual.COLOURS), problem.prompt)
+        assert sum(heights[colour] for colour in asked) == int(problem.answer)
+        assert problem.id == f"bar_chart:{' '.join(f'{c} {int(h)}' for c, h in heights.items())} {problem.prompt[8:]}"
+
+
+def test_text_images_read_like_the_chain_problem():
+    """Reads the plain picture cell by cell and computes what it says."""
+    glyphs = {visual.glyph_mask(c, "regular", 1).tobytes(): c for c in "0123456789+-*"}
+    assert len(glyphs) == 13
+    for problem in drawn("text_image", 151):
+        height, width, _ = problem.images[0].shape
+        assert width <= 64 and (width == 64 or height == 8)
+        cells = problem.images[0].reshape(height // 8, 8, width // 8, 8, 3).swapaxes(1, 2).reshape(-1, 8, 8, 3)
+        inked = [(cell == 0).all(-1) for cell in cells]
+        expression = "".join(glyphs[cell[:7, 1:6].tobytes()] for cell in inked if cell.any())
+        value, *rest = re.findall(r"^\d+|[-+*]\d+", expression)
+        value = int(value)
+        for step in rest:
+            value = {"+": value + int(step[1:]), "-": value - int(step[1:]), "*": value * int(step[1:])}[step[0]]
+        assert str(value) == problem.answer and len(rest) == problem.difficulty
+        assert not any(cell.any() for cell in inked[len(expression) :])
+
+
+def test_a_question_as_text_and_as_an_image_has_one_id_answer_and_solution():
+    for seed in range(17):
+        text = TASKS["chain"].draw(np.random.default_rng(seed), 3)
+        for name in ("text_image", "text_image_rich"):
+            image = TASKS[name].draw(np.random.default_rng(seed), 3)
+            assert (image.id, image.answer, image.solution) == (text.id, text.answer, text.solution)
+
+
+def test_only_rich_pictures_of_one_content_differ():
+    content = visual.draw_scene_count(np.random.default_rng(0), 4)
+    for style, differ in ((visual.RICH, True), (visual.PLAIN, False)):
+        first, second = (content.render(style, np.random.default_rng(seed)) for seed in (0, 1))
+        assert (first != second).any() == differ
+
+
+@pytest.mark.parametrize("name", ["scene_count", "scene_compare", "scene_locate", "bar_chart", "text_image"])
+def test_no_answer_is_common(name):
+    """The best constant guess, for the task and for each form of its questions, earns at most 13%."""
+    draw, difficulties = getattr(visual, f"draw_{name}"), TASKS[name].difficulties
+    rng = np.random.default_rng(0)
+    answers: dict[str, Counter] = {}
+    for n in range(6007):
+        content = draw(rng, difficulties[n % len(difficulties)])
+        form = WORD.sub("_", content.question)
+        answers.setdefault(form, Counter())[content.answer] += 1
+    forms = {"scene_count": 3, "scene_compare": 2, "scene_locate": 1, "bar_chart": 2, "text_image": 1}
+    assert len(answers) == forms[name]
+    for form, counter in [*answers.items(), ("all", sum(answers.values(), Counter()))]:
+        assert max(counter.values()) / counter.total() <= 0.13, (form, counter)

@@ -1,0 +1,237 @@
+import base64
+import dataclasses
+import html.parser
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from kimi_jax import report
+from kimi_jax.types import IMAGE_MARKER, Outcome, Problem, Prompt, Rollout, RolloutGroup, StopReason, Verdict
+
+EVIL = "<script>alert(1)</script> & <img src='http://example.org/x.png'> {title}"
+SUMMARY = {
+    "seconds": 812.3,
+    "device": "one <GPU>",
+    "seed": 3,
+    "sft": {
+        "text": {"accuracy": 0.521, "greedy_accuracy": 0.55, "mean_tokens": 143.21, "n": 512},
+        "image": {"accuracy": 0.4, "greedy_accuracy": None, "mean_tokens": 88.0, "n": 256},
+    },
+    "rl": {
+        "text": {"accuracy": 0.713, "greedy_accuracy": 0.5, "mean_tokens": 171.08, "n": 512},
+        "image": {"accuracy": 0.6, "greedy_accuracy": 0.61, "mean_tokens": 81.0, "n": 256},
+    },
+}
+
+
+def metric_rows(n):
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(1, n + 1):
+        rows.append(
+            {"step": 3 * i, "iteration": i, "accuracy": 0.5, "accuracy_text": rng.random(), "accuracy_image": None}
+        )
+        rows[-1] |= {
+            "response_length": 100.0 + i,
+            "entropy": 1 / i,
+            "kl": 0.01 * i,
+            "groups_all_wrong": 0.25,
+            "seconds_rollout": 5.0,
+        }
+        if i % 5 == 0:
+            rows[-1] |= {"eval_text_accuracy": 0.7, "eval_image_accuracy": 0.3}
+    return rows
+
+
+def group(problem_id, outcomes, *, images=(), prompt="What is 3 * 8?"):
+    problem = Problem(problem_id, "count<down>", prompt, "24", 2, images)
+    rollouts = tuple(
+        Rollout(
+            i,
+            np.arange(41 + i),
+            np.zeros(41 + i, np.float32),
+            StopReason.LENGTH if i else StopReason.END,
+            0,
+            f"#{i} {EVIL}",
+        )
+        for i in range(len(outcomes))
+    )
+    verdicts = tuple(Verdict(outcome, f"got {EVIL}") for outcome in outcomes)
+    return RolloutGroup(problem, Prompt(np.arange(3)), rollouts, verdicts)
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with their attributes, text by enclosing tag, and a check that what is opened is closed."""
+
+    VOID = {"meta", "img", "source", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts, self.open = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else None, data))
+
+    def images(self):
+        uris = [a[key] for _, a in self.tags for key in ("src", "srcset") if key in a]
+        assert all(uri.startswith("data:image/png;base64,") for uri in uris)
+        return [PIL.Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2], validate=True))) for uri in uris]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    pixels = np.random.default_rng(1).integers(0, 256, (7, 5, 3), dtype=np.uint8)
+    easy = {"images": (pixels,), "prompt": f"Before {IMAGE_MARKER} after"}
+    right, wrong, failed = Outcome.CORRECT, Outcome.WRONG, Outcome.UNGRADABLE
+    groups = {
+        "SFT": [group("a", [wrong, wrong, right], **easy), group("b", [wrong, wrong])],
+        "RL": [group("b", [wrong, failed]), group("a", [right, failed, right], **easy), group("c", [failed])],
+    }
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    report.write_report(
+        path,
+        title=f"Run {EVIL}",
+        summary=SUMMARY,
+        metrics=metric_rows(12),
+        groups=groups,
+        config_text=f"lr = 1 # {EVIL}",
+    )
+    return path.read_text(encoding="utf-8"), pixels
+
+
+def test_the_page_is_well_formed_and_loads_nothing(page):
+    parsed = Page(page[0])
+    assert parsed.open == []
+    names = {tag for tag, _ in parsed.tags}
+    assert not names & {"script", "link", "iframe", "object", "base", "form"}
+    for _, attributes in parsed.tags:
+        assert all(not name.startswith("on") for name in attributes)
+        assert attributes.get("href", "#").startswith("#")
+    style = "".join(text for tag, text in parsed.texts if tag == "style")
+    assert "url(" not in style and "@import" not in style
+    anchors = {a["href"][1:] for tag, a in parsed.tags if tag == "a"}
+    assert anchors and anchors <= {a["id"] for _, a in parsed.tags if "id" in a}
+
+
+def test_text_of_model_config_and_title_is_shown_not_run(page):
+    text, _ = page
+    assert "<script" not in text and "<img src='http" not in text
+    parsed = Page(text)
+    shown = [data for tag, data in parsed.texts if tag == "pre"]
+    assert shown.count(f"#0 {EVIL}") == 5 and f"lr = 1 # {EVIL}" in shown
+    assert [data for tag, data in parsed.texts if tag in ("h1", "title")] == [f"Run {EVIL}"] * 2
+
+
+def test_images_are_embedded_where_they_belong_and_enlarged_exactly(page):
+    text, pixels = page
+    images = Page(text).images()
+    assert len(images) == 5  # two pictures in light and dark, one image of the one problem that has any
+    enlarged = np.asarray(images[-1])
+    factor = enlarged.shape[0] // 7
+    assert factor > 10
+    np.testing.assert_array_equal(enlarged, np.kron(pixels, np.ones((factor, factor, 1), np.uint8)))
+    before, after = text.index("Before "), text.index(" after")
+    assert '<img class="pixels"' in text[before:after] and IMAGE_MARKER not in text
+
+
+def test_groups_are_joined_by_problem_and_marked(page):
+    parsed = Page(page[0])
+    articles = [data for tag, data in parsed.texts if tag == "h3"]
+    assert articles == ["Problem 1 ", "Problem 2 ", "Problem 3 "]
+    assert [data for tag, data in parsed.texts if tag == "h4"] == ["SFT", "RL", "SFT", "RL", "RL"]
+    scores = [data for tag, data in parsed.texts if tag == "b"]
+    assert scores == ["33% correct", "100% correct", "0% correct", "0% correct", "nothing could be graded"]
+    spans = [data for tag, data in parsed.texts if tag == "span"]
+    assert [s for s in spans if s.startswith(("best", "worst"))] == [
+        "best of SFT",
+        "best of RL",
+        "worst of SFT",
+        "worst of RL",
+    ]
+    badges = [data for data in spans if data in set(Outcome)]
+    assert [badges.count(outcome) for outcome in Outcome] == [3, 5, 3]
+    assert "41 tokens, ended by itself" in spans and "42 tokens, cut at its budget" in spans
+
+
+def test_the_page_has_the_numbers_of_the_table(page):
+    cells = [data for tag, data in Page(page[0]).texts if tag == "td"]
+    assert cells[:4] == ["sampled accuracy", "52.1%", "71.3%", "+19.2 points"]
+    assert "+20.0 points" in [data for tag, data in Page(page[0]).texts if tag == "span"]  # headline, image
+
+
+def test_table_numbers():
+    rows = [line.split() for line in report.results_table(SUMMARY).splitlines()]
+    assert rows[1:6] == [
+        ["text"],
+        ["sampled", "accuracy", "52.1%", "71.3%", "+19.2", "points"],
+        ["greedy", "accuracy", "55.0%", "50.0%", "-5.0", "points"],
+        ["mean", "tokens", "143.2", "171.1", "+27.9"],
+        ["n", "512", "512"],
+    ]
+    assert rows[6:9] == [["image"], ["sampled", "accuracy", "40.0%", "60.0%", "+20.0", "points"], ["greedy", "accuracy", "–", "61.0%"]]  # fmt: skip # noqa: E501
+    assert " ".join(rows[-1]) == "13 min 32 s on one <GPU>, seed 3"
+    text_only = SUMMARY | {"sft": {"text": SUMMARY["sft"]["text"]}, "rl": {"text": SUMMARY["rl"]["text"]}}
+    assert "image" not in report.results_table(text_only)
+    with pytest.raises(ValueError, match="need 'text' or 'image'"):
+        report.results_table(SUMMARY | {"sft": {}, "rl": {}})
+
+
+@pytest.mark.parametrize("n", [1, 4, 60])
+def test_curves_are_a_png(tmp_path, n):
+    report.write_curves(metric_rows(n), tmp_path / "curves.png")
+    image = PIL.Image.open(tmp_path / "curves.png")
+    image.load()
+    assert image.format == "PNG" and image.width > 1000 and image.width > 2 * image.height
+
+
+def test_curves_show_both_kinds_all_and_the_held_out_points():
+    left, right = report._curves(metric_rows(60), report._LIGHT).axes
+    labels = left.get_legend_handles_labels()[1]
+    assert labels == ["all", "text", "text, held out", "image, held out"]  # no image accuracy but null was measured
+    held_out = next(line for line in left.lines if line.get_label() == "text, held out")
+    np.testing.assert_array_equal(held_out.get_xdata(), np.arange(5, 61, 5))
+    np.testing.assert_array_equal(right.lines[0].get_ydata(), 100.0 + np.arange(1, 61))
+
+
+def test_other_metrics_share_panels_by_family_and_none_is_lost():
+    rows = [row | {"groups_all_right": 0.1, "truncated": 0.2, "ungradable": 0.0, "zeta": 4} for row in metric_rows(7)]
+    panels = report._details(rows, report._DARK).axes
+    titles = [panel.get_title(loc="left") for panel in panels]
+    assert len(titles) == len(set(titles)) == 6 and titles[-1] == "zeta"
+    shared = {title: panel.get_legend_handles_labels()[1] for title, panel in zip(titles, panels, strict=True)}
+    assert shared["Share of responses"] == ["truncated", "ungradable"]
+    assert shared["Share of groups"] == ["all_wrong", "all_right"]
+    assert shared["zeta"] == []
+
+
+def test_smoothing_against_a_loop():
+    rng = np.random.default_rng(2)
+    x, y = np.sort(rng.random(23)) * 90, rng.normal(size=23)
+    width = (x.max() - x.min()) / 30
+    for i, smooth in enumerate(report._smooth(x, y)):
+        weights = [np.exp(-((x[i] - other) ** 2) / (2 * width**2)) for other in x]
+        np.testing.assert_allclose(
+            smooth, sum(w * v for w, v in zip(weights, y, strict=True)) / sum(weights), rtol=1e-12
+        )
+
+
+def test_errors(tmp_path):
+    with pytest.raises(ValueError, match="no rows"):
+        report.write_curves([], tmp_path / "x.png")
+    unjudged = dataclasses.replace(group("a", [Outcome.CORRECT]), verdicts=())
+    with pytest.raises(ValueError, match="'RL', problem 'a', has 1 rollouts but 0 verdicts"):
+        report.write_report(
+            tmp_path / "x.html", title="", summary=SUMMARY, metrics=[], groups={"RL": [unjudged]}, config_text=""
+        )
