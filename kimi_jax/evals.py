@@ -60,7 +60,13 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Per kind of problem: {"accuracy": pass@1 at temperature 1, "greedy_accuracy", "mean_tokens" (sampled), "n"}."""
     sample = lambda temperature: sample_groups(  # noqa: E731
-        engine, params, problems, prompts, k=1, settings=SamplingSettings.of(temperature=temperature, end_ids=end_ids), key=key
+        engine,
+        params,
+        problems,
+        prompts,
+        k=1,
+        settings=SamplingSettings.of(temperature=temperature, end_ids=end_ids),
+        key=key,
     )
     sampled, greedy = sample(1.0), sample(0.0)
     results = {}

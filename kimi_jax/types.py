@@ -1,7 +1,7 @@
 """The nouns of the project. Verbs live elsewhere.
 
-Host nouns are plain dataclasses; device nouns are pytrees of arrays. `rl.batch.build_minibatches` is the one place where the
-first become the second on the way to an update.
+Host nouns are plain dataclasses; device nouns are pytrees of arrays. `rl.batch.build_minibatches` is the one place
+where the first become the second on the way to an update.
 
 Axis letters, everywhere in the project:
 
@@ -27,7 +27,7 @@ IMAGE_MARKER = "<image>"  # stands once in a prompt for each of its images, wher
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
-    """One task to solve. `id` is its canonical content: problems that ask the same thing share it, whatever their wording."""
+    """One task to solve. `id` is its canonical content: problems that ask the same share it, whatever their wording."""
 
     id: str
     task: str  # a name in tasks.TASKS, which also holds the verifier
@@ -128,7 +128,8 @@ class PackedRows:
         positions   0 1 0 1 2 0 0
         segments    1 1 2 2 2 0 0      0 is padding
 
-    Every row brings the patches of its own images, so rows are independent: they shard and split into micro-batches freely.
+    Every row brings the patches of its own images, so rows are independent: they shard and split into micro-batches at
+    will.
     """
 
     tokens: Any  # int32 [R, T]
@@ -144,7 +145,7 @@ class PackedRows:
 
 @pytree
 class RLBatch:
-    """A micro-batch of packed prompt + response sequences with what a loss may look at. Responses are never split over rows."""
+    """A micro-batch of packed prompt + response sequences, each in one row, with what a loss may look at."""
 
     rows: PackedRows
     response: Any  # int32 [R, T], index of the response that a target belongs to, in 0..N-1; 0 where loss_mask is off

@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 
 from kimi_jax import report
+from kimi_jax.report import curves
 from kimi_jax.types import IMAGE_MARKER, Outcome, Problem, Prompt, Rollout, RolloutGroup, StopReason, Verdict
 
 EVIL = "<script>alert(1)</script> & <img src='http://example.org/x.png'> {title}"
@@ -197,7 +198,7 @@ def test_curves_are_a_png(tmp_path, n):
 
 
 def test_curves_show_both_kinds_all_and_the_held_out_points():
-    left, right = report._curves(metric_rows(60), report._LIGHT).axes
+    left, right = curves.overview(metric_rows(60), curves.LIGHT).axes
     labels = left.get_legend_handles_labels()[1]
     assert labels == ["all", "text", "text, held out", "image, held out"]  # no image accuracy but null was measured
     held_out = next(line for line in left.lines if line.get_label() == "text, held out")
@@ -207,7 +208,7 @@ def test_curves_show_both_kinds_all_and_the_held_out_points():
 
 def test_other_metrics_share_panels_by_family_and_none_is_lost():
     rows = [row | {"groups_all_right": 0.1, "truncated": 0.2, "ungradable": 0.0, "zeta": 4} for row in metric_rows(7)]
-    panels = report._details(rows, report._DARK).axes
+    panels = curves.details(rows, curves.DARK).axes
     titles = [panel.get_title(loc="left") for panel in panels]
     assert len(titles) == len(set(titles)) == 6 and titles[-1] == "zeta"
     shared = {title: panel.get_legend_handles_labels()[1] for title, panel in zip(titles, panels, strict=True)}
@@ -220,7 +221,7 @@ def test_smoothing_against_a_loop():
     rng = np.random.default_rng(2)
     x, y = np.sort(rng.random(23)) * 90, rng.normal(size=23)
     width = (x.max() - x.min()) / 30
-    for i, smooth in enumerate(report._smooth(x, y)):
+    for i, smooth in enumerate(curves._smooth(x, y)):
         weights = [np.exp(-((x[i] - other) ** 2) / (2 * width**2)) for other in x]
         np.testing.assert_allclose(
             smooth, sum(w * v for w, v in zip(weights, y, strict=True)) / sum(weights), rtol=1e-12

@@ -40,7 +40,7 @@ def encode_prompt(
     return Prompt(tokens=np.array([*tokens, tokenizer.assistant_id], np.int32), images=patched)
 
 
-def encode_problem(problem: Problem, *, tokenizer: Tokenizer, patch_size: int, merge: int) -> Prompt:
+def encode_problem(problem: Problem, /, *, tokenizer: Tokenizer, patch_size: int, merge: int) -> Prompt:
     """`encode_prompt` of a problem; an error names it."""
     try:
         return encode_prompt(problem.prompt, problem.images, tokenizer=tokenizer, patch_size=patch_size, merge=merge)

@@ -38,9 +38,11 @@ def attend_packed(q, k, v, segments, *, causal: bool, implementation: str, mesh=
     if implementation.startswith("splash"):
         from kimi_jax.models import splash
 
-        return splash.attend(q, k, v, segments, causal=causal, mesh=mesh, interpret=implementation == "splash_interpret")
+        return splash.attend(
+            q, k, v, segments, causal=causal, mesh=mesh, interpret=implementation == "splash_interpret"
+        )
     visible = packed_mask(segments, causal=causal)
-    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation=implementation)
+    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation=implementation)  # type: ignore[call-overload]
 
 
 def packed_mask(segments, *, causal: bool):

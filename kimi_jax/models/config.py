@@ -49,7 +49,7 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs of values.")
-        if self.vision and (self.vision.width % self.vision.num_heads or self.vision.width // self.vision.num_heads % 4):
+        if self.vision and self.vision.width % (4 * self.vision.num_heads):
             raise ValueError(
                 f"vision width={self.vision.width} over {self.vision.num_heads} heads must give a head width that is a "
                 "multiple of 4: 2-D RoPE rotates pairs of values along rows and along columns."

@@ -1,8 +1,8 @@
 """Stacks of blocks: scanned with rematerialisation for training, unrolled over separate arrays for sampling.
 
-A stack is a sequence of *runs* of equal layers. In the training layout the parameters of a run are stacked along a leading
-layer axis, so that a run compiles as one layer; in the sampling layout every layer has arrays of its own, because a decode
-step that slices a stack re-reads it (twice the time per step, measured on an H100 at the 1.5B shape).
+A stack is a sequence of *runs* of equal layers. In the training layout the parameters of a run are stacked along a
+leading layer axis, so that a run compiles as one layer; in the sampling layout every layer has arrays of its own,
+because a decode step that slices a stack re-reads it (twice the time per step, measured on an H100 at the 1.5B shape).
 
     training   {"runs": {"0": stacked, "1": stacked, ...}}
     sampling   {"layers": {"0": ..., "1": ..., ...}}
@@ -36,7 +36,8 @@ def init_runs(runs: tuple[Run, ...], key: jax.Array) -> dict:
     one = lambda run, key: nnx.to_pure_dict(nnx.state(run.make(nnx.Rngs(key)), nnx.Param))  # noqa: E731
     keys = jax.random.split(key, len(runs))
     return {
-        str(i): jax.vmap(lambda k, run=run: one(run, k))(jax.random.split(keys[i], run.count)) for i, run in enumerate(runs)
+        str(i): jax.vmap(lambda k, run=run: one(run, k))(jax.random.split(key, run.count))
+        for i, (run, key) in enumerate(zip(runs, keys, strict=True))
     }
 
 
@@ -63,7 +64,7 @@ def apply_packed(runs, params, x, angles, segments, *, causal, implementation, m
 
 
 def apply_prefill(runs, params, x, angles, segments, *, implementation, mesh):
-    """All layers over packed rows in the sampling layout. Returns x [R, T, D] and per layer (keys, values) [R, T, K, E]."""
+    """All layers over packed rows in the sampling layout. Returns x [R, T, D] and (keys, values) [R, T, K, E] each."""
     caches = []
     for index, graphdef in enumerate(_graphdefs(runs)):
         block = nnx.merge(graphdef, params["layers"][str(index)])

@@ -21,7 +21,7 @@ def rope_angles(positions: jax.Array, head_dim: int, base: float) -> jax.Array:
 
 
 def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates x [..., heads, E] by angles [..., E / 2]; value i pairs with value i + E / 2, as in the published Qwen models."""
+    """Rotates x [..., heads, E] by angles [..., E / 2]. Value i pairs with i + E / 2, as in published Qwen models."""
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -35,7 +35,9 @@ class Attention(nnx.Module):
 
         def linear(n_in, n_out, bias=False, scale=1.0):
             init = nnx.initializers.variance_scaling(scale**2, "fan_in", "normal")
-            return nnx.Linear(n_in, n_out, use_bias=bias, kernel_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+            return nnx.Linear(
+                n_in, n_out, use_bias=bias, kernel_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
+            )
 
         self.q_proj = linear(width, num_heads * head_dim, qkv_bias)
         self.k_proj = linear(width, num_kv_heads * head_dim, qkv_bias)
@@ -62,7 +64,9 @@ class SwiGLU(nnx.Module):
     def __init__(self, width, mlp_width, *, out_scale, dtype, rngs):
         def linear(n_in, n_out, scale=1.0):
             init = nnx.initializers.variance_scaling(scale**2, "fan_in", "normal")
-            return nnx.Linear(n_in, n_out, use_bias=False, kernel_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+            return nnx.Linear(
+                n_in, n_out, use_bias=False, kernel_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
+            )
 
         self.gate_proj = linear(width, mlp_width)
         self.up_proj = linear(width, mlp_width)
@@ -89,7 +93,10 @@ class Block(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), (k, v)
 
     def decode(self, x, angles, cache, slot, *, implementation):
-        """x [B, D], cache (keys, values) each [B, S, K, E], slot int32 [B] -> (x, cache with the new token at its slot)."""
+        """x [B, D], cache (keys, values) each [B, S, K, E], slot int32 [B] -> x, and the cache with the new token.
+
+        The new token goes into its slot and sees the slots up to it.
+        """
         q, k, v = self.attn.project(self.attn_norm(x), angles)
         rows = jnp.arange(x.shape[0])
         keys, values = cache[0].at[rows, slot].set(k), cache[1].at[rows, slot].set(v)

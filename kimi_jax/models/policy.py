@@ -1,7 +1,7 @@
 """The policy π: a multimodal decoder as pure functions of its parameters.
 
-`Policy` holds only static things (shapes, graph definitions, choice of kernels); it is hashable and closed over by jitted
-functions. Parameters are plain nested dicts of arrays, merged with the graph definitions at trace time.
+`Policy` holds only static things (shapes, graph definitions, choice of kernels); it is hashable and closed over by
+jitted functions. Parameters are plain nested dicts of arrays, merged with the graph definitions at trace time.
 """
 
 import dataclasses
@@ -22,18 +22,13 @@ class DecoderEnds(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype, rngs):
         # Small enough that a fresh model with tied embeddings predicts nearly uniformly.
         init = nnx.initializers.normal(0.02)
-        self.embed = nnx.Embed(
-            config.vocab_size, config.width, embedding_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
-        )
+        shape = (config.vocab_size, config.width)
+        table = lambda: nnx.Embed(*shape, embedding_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)  # noqa: E731
+        linear = lambda n: nnx.Linear(config.width, n, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)  # noqa: E731
+        self.embed = table()
         self.norm = layers.rms_norm(config.width, config.norm_eps, dtype, rngs)
-        self.head = None
-        if not config.tie_embeddings:
-            self.head = nnx.Embed(
-                config.vocab_size, config.width, embedding_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
-            )
-        self.scalar_head = None
-        if config.scalar_head:
-            self.scalar_head = nnx.Linear(config.width, 1, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
+        self.head = None if config.tie_embeddings else table()
+        self.scalar_head = linear(1) if config.scalar_head else None
 
     def logits(self, x):
         """x [..., D] after the final norm -> float32 [..., V]."""
@@ -45,8 +40,8 @@ class DecoderEnds(nnx.Module):
 class Policy:
     """See the module.
 
-    implementation: a name of `models.attention`. mesh: for kernels that GSPMD cannot partition. remat: recompute each layer in
-    the backward pass. unroll: layers per step of the scan over a run.
+    implementation: a name of `models.attention`. mesh: for kernels that GSPMD cannot partition. remat: recompute each
+    layer in the backward pass. unroll: layers per step of the scan over a run.
     """
 
     config: ModelConfig
@@ -61,7 +56,9 @@ class Policy:
         ends = DecoderEnds(self.config, dtype=self._dtype, rngs=nnx.Rngs(k_ends))
         params = {"decoder": {"ends": _pure(ends), "runs": decoder.init_runs(self._runs, k_runs)}}
         if self.config.vision:
-            tower = vision.VisionEnds(self.config.vision, self.config.width, dtype=self._dtype, rngs=nnx.Rngs(k_vision_ends))
+            tower = vision.VisionEnds(
+                self.config.vision, self.config.width, dtype=self._dtype, rngs=nnx.Rngs(k_vision_ends)
+            )
             params["vision"] = {"ends": _pure(tower), "runs": decoder.init_runs(self._vision_runs, k_vision_runs)}
         return params
 
@@ -90,8 +87,8 @@ class Policy:
         """Log-probs of rows.targets and the entropy at each position, both float32 [R, T].
 
         The distribution is softmax(logits / temperature), the one that is sampled from. Logits exist for `logits_chunk`
-        tokens of each row at a time, forward and backward: [tokens, V] of a whole batch would not fit. The entropy carries
-        no gradient. Raises ValueError when logits_chunk does not divide T.
+        tokens of each row at a time, forward and backward: [tokens, V] of a whole batch would not fit. The entropy
+        carries no gradient. Raises ValueError when logits_chunk does not divide T.
         """
         x = self.hidden(params, rows)
         R, T, D = x.shape

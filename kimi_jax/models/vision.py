@@ -23,7 +23,7 @@ class VisionEnds(nnx.Module):
         return self.patch_embed(patches)
 
     def project(self, x, merge_size: int):
-        """x [R, P, width] -> [R, P / merge², out_width]. Patches of a merge block are neighbours, so merging is a reshape."""
+        """x [R, P, width] -> [R, P / merge², out_width]. merge² neighbours stand together, so merging is a reshape."""
         x = self.norm(x)
         x = x.reshape(x.shape[0], x.shape[1] // merge_size**2, -1)
         return self.proj_out(jax.nn.gelu(self.proj_in(x)))

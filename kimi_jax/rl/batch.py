@@ -24,10 +24,10 @@ def build_minibatches(
 ) -> list[list[RLBatch]]:
     """Splits groups into mini-batches (one update each) and those into micro-batches of fixed shape (NumPy arrays).
 
-    rewards, advantages: per group float [k], nan where a response is ungradable; those responses are left out, and a group
-    of fewer than two others is left out whole (k1.5 §2.3.2; the caller counts them). Groups keep their order and are dealt
-    out in turn. rows, row_tokens, row_patches: shape of a micro-batch; responses: N, its capacity in responses. The number of
-    micro-batches varies, their shape does not, so nothing recompiles.
+    rewards, advantages: per group float [k], nan where a response is ungradable; those responses are left out, and a
+    group of fewer than two others is left out whole (k1.5 §2.3.2; the caller counts them). Groups keep their order and
+    are dealt out in turn. rows, row_tokens, row_patches: shape of a micro-batch; responses: N, its capacity in
+    responses. The number of micro-batches varies, their shape does not, so nothing recompiles.
     """
     kept = [i for i in range(len(groups)) if np.isfinite(rewards[i]).sum() >= 2]
     out = []
@@ -35,14 +35,18 @@ def build_minibatches(
         members = kept[m::minibatches]
         examples, records = [], []
         for group, i in enumerate(members):
-            gradable = np.flatnonzero(np.isfinite(rewards[i]))
+            gradable = np.flatnonzero(np.isfinite(rewards[i])).tolist()
             for j in gradable:
                 examples.append(_example(groups[i], j))
                 weight = 1.0 / (len(gradable) * len(members))
                 records.append((groups[i].rollouts[j], rewards[i][j], advantages[i][j], weight, group))
         plan = plan_rows(examples, row_tokens=row_tokens, row_patches=row_patches) if examples else []
+        # A row of short responses may hold more of them than a micro-batch: cut it.
+        plan = [row[i : i + responses] for row in plan for i in range(0, len(row), responses)]
         pack = dict(row_tokens=row_tokens, row_patches=row_patches, patch_dim=patch_dim, merge=merge, image_id=image_id)
-        out.append([_micro_batch(examples, records, part, rows, responses, pack) for part in _parts(plan, rows, responses)])
+        out.append(
+            [_micro_batch(examples, records, part, rows, responses, pack) for part in _parts(plan, rows, responses)]
+        )
     return out
 
 

@@ -1,7 +1,7 @@
 """Jitted sampling: `start` reads prompts and draws the first tokens, `decode_chunk` draws the next ones.
 
-Slots of the KV cache are filled without gaps, prompt then response, so the first `next_slot` slots are live and whatever
-padding left behind them is overwritten before it is seen:
+Slots of the KV cache are filled without gaps, prompt then response, so the first `next_slot` slots are live and
+whatever padding left behind them is overwritten before it is seen:
 
     prompt "abc" in a bucket of 5, S = 8       slot   0 1 2 3 4 5 6 7
     after start (first token x drawn)                 a b c . . . . .    last_token x, next_slot 3

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,8 +18,9 @@ from kimi_jax.types import Example, Prompt, Rollout, SamplingState, StopReason
 class Engine:
     """Samples k responses for each of a list of prompts.
 
-    rows: responses in flight. prompt_tokens, prompt_patches: the bucket that every prompt is padded to. max_tokens: most tokens
-    of a response. chunk: tokens between two looks at the host. One (k, bucket) is one compilation of prefill and of decode.
+    rows: responses in flight. prompt_tokens, prompt_patches: the bucket that every prompt is padded to. max_tokens:
+    most tokens of a response. chunk: tokens between two looks at the host. One (k, bucket) is one compilation of
+    prefill and of decode.
     """
 
     policy: Policy
@@ -39,7 +41,9 @@ class Engine:
             (patches, self.prompt_patches, "sampling.prompt_patches"),
         ):
             if size > limit:
-                raise ValueError(f"The prompt of {name} has size {size}, the limit is {knob}={limit}. Raise {knob} or drop it.")
+                raise ValueError(
+                    f"The prompt of {name} has size {size}, the limit is {knob}={limit}. Raise {knob} or drop it."
+                )
 
     def generate(
         self,
@@ -58,10 +62,7 @@ class Engine:
         params: sampling layout. budget: most tokens per response, by default max_tokens.
         Raises ValueError when k does not divide the rows, the budget is out of range, or a prompt is too long.
         """
-        budget = self.max_tokens if budget is None else budget
-        if not 1 <= budget <= self.max_tokens:
-            raise ValueError(f"A budget of {budget} tokens is outside 1..{self.max_tokens} (sampling.max_tokens).")
-        if self.rows % k:
+        if k < 1 or self.rows % k:
             raise ValueError(f"sampling.rows={self.rows} must be a multiple of k={k} responses per prompt.")
         for i, prompt in enumerate(prompts):
             self.check(prompt, f"prompt {i} of {len(prompts)}")
@@ -69,22 +70,35 @@ class Engine:
         at_once = self.rows // k
         for begin in range(0, len(prompts), at_once):
             batch = prompts[begin : begin + at_once]
-            state = self._start(params, batch, k, first_serial + begin * k, budget, run_key, settings)
-            for state in self._chunks(params, state, run_key, settings):  # noqa: B007
-                pass
-            rollouts = self._collect(state, policy_version)
+            start = self._start(params, batch, k, first_serial + begin * k, budget, run_key, settings)
+            *_, end = self._chunks(params, start, run_key, settings)
+            rollouts = self._collect(end, policy_version)
+            del end  # or its cache would still be there while the next batch gets one
             groups += [tuple(rollouts[i * k : (i + 1) * k]) for i in range(len(batch))]
         return groups
 
     def stream(self, params, prompt: Prompt, *, serial, run_key, settings, budget=None) -> Iterator[Rollout]:
         """One response, yielded as far as it is after every chunk; the last one yielded is whole."""
         self.check(prompt, "the question")
-        state = self._start(params, [prompt], self.rows, serial, budget or self.max_tokens, run_key, settings)
-        yield self._collect(state, 0)[0]
-        for state in self._chunks(params, state, run_key, settings):
+        start = self._start(params, [prompt], self.rows, serial, budget, run_key, settings)
+        for state in self._chunks(params, start, run_key, settings):
             yield self._collect(state, 0)[0]
 
     def _start(self, params, prompts, k, first_serial, budget, run_key, settings) -> SamplingState:
+        budget = self.max_tokens if budget is None else budget
+        if not 1 <= budget <= self.max_tokens:
+            raise ValueError(f"A budget of {budget} tokens is outside 1..{self.max_tokens} (sampling.max_tokens).")
+        arrays = self.start_arrays(prompts, k=k, first_serial=first_serial, budget=budget)
+        return decode.start(params, *arrays, run_key, settings, **self.start_statics)
+
+    @property
+    def start_statics(self) -> dict[str, Any]:
+        """What one compilation of `decode.start` is for."""
+        slots = self.prompt_tokens + self.max_tokens
+        return {"policy": self.policy, "slots": slots, "max_tokens": self.max_tokens}
+
+    def start_arrays(self, prompts: Sequence[Prompt], *, k: int, first_serial: int, budget: int) -> tuple:
+        """The arguments of `decode.start` that come from the host, from `prompts` to `budgets`, placed on the mesh."""
         num_prompts = self.rows // k
         examples = [Example(p.tokens, np.zeros(len(p.tokens), bool), p.images) for p in prompts]
         packed, _ = pack_rows(
@@ -100,22 +114,13 @@ class Engine:
         lengths = np.ones(num_prompts, np.int32)
         lengths[: len(prompts)] = [len(p.tokens) for p in prompts]
         prompt_of_row = np.arange(self.rows, dtype=np.int32) // k
-        return decode.start(
-            params,
-            self.put_rows(packed),
-            self.put_rows(lengths),
-            self.put_rows(prompt_of_row),
-            self.put_rows(np.arange(first_serial, first_serial + self.rows, dtype=np.uint32)),
-            self.put_rows(np.where(prompt_of_row < len(prompts), budget, 0).astype(np.int32)),
-            run_key,
-            settings,
-            policy=self.policy,
-            slots=self.prompt_tokens + self.max_tokens,
-            max_tokens=self.max_tokens,
-        )
+        serials = np.arange(first_serial, first_serial + self.rows, dtype=np.uint32)
+        budgets = np.where(prompt_of_row < len(prompts), budget, 0).astype(np.int32)
+        return self.put_rows((packed, lengths, prompt_of_row, serials, budgets))
 
     def _chunks(self, params, state, run_key, settings) -> Iterator[SamplingState]:
-        """Decodes until every row is done."""
+        """`state`, and what each further chunk makes of it until every row is done. Only the newest is usable."""
+        yield state
         while not bool(state.done.all()):
             state = decode.decode_chunk(params, state, run_key, settings, policy=self.policy, steps=self.chunk)
             yield state

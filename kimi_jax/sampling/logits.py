@@ -59,11 +59,12 @@ def rollout_keys(run_key: jax.Array, serials: jax.Array, index: jax.Array) -> ja
 
 
 def _truncated(logits, settings):
-    """-inf at tokens outside the top k, or outside the smallest set whose probability reaches top_p. Ties at the edge stay in."""
+    """-inf outside the top k and the smallest set whose probability reaches top_p. Ties at the edge stay in."""
     V = logits.shape[-1]
     descending = jnp.sort(logits, axis=-1, descending=True)
     k = jnp.where(settings.top_k > 0, jnp.minimum(settings.top_k, V), V)
     p = jax.nn.softmax(jnp.where(jnp.arange(V)[None] < k, descending, -jnp.inf), axis=-1)
-    kept = jnp.sum(jnp.cumsum(p, axis=-1) - p < settings.top_p, axis=-1)  # at least the first
+    within = (jnp.cumsum(p, axis=-1) - p < settings.top_p) | (settings.top_p >= 1)  # a sum may round to 1 too early
+    kept = jnp.sum(within, axis=-1)  # at least the first
     threshold = jnp.take_along_axis(descending, jnp.minimum(kept, k)[:, None] - 1, axis=-1)
     return jnp.where(logits >= threshold, logits, -jnp.inf)

@@ -18,19 +18,19 @@ from kimi_jax.types import Outcome, Problem, Verdict
 
 
 def draw_chain(rng: np.random.Generator, difficulty: int) -> tuple[str, Problem]:
-    """A chain of `difficulty` operations to be done from left to right, every value in 0..99: (expression, problem)."""
-    value = int(rng.integers(1, 10) if rng.random() < 0.3 else rng.integers(10, 100))
+    """A chain of `difficulty` operations to be done from left to right, every value in 0..49: (expression, problem)."""
+    value = int(rng.integers(1, 30))
     operands, expression = [value], str(value)
     steps: list[str] = []
     while len(steps) < difficulty:
         kind = rng.random()
-        if kind < 0.2:
-            sign, operand = "*", int(rng.integers(2, 6))
+        if kind < 0.1:
+            sign, operand = "*", int(rng.integers(2, 4))
             result = value * operand
         else:
-            sign, operand = "+" if kind < 0.6 else "-", int(rng.integers(1, 10 if rng.random() < 0.5 else 60))
+            sign, operand = "+" if kind < 0.55 else "-", int(rng.integers(1, 10))
             result = value + operand if sign == "+" else value - operand
-        if not 0 <= result <= 99 or (sign == "*" and value == 0):
+        if not 0 <= result <= 49 or (sign == "*" and value == 0):
             continue
         steps.append(f"{value}{sign}{operand}={result}.")
         expression += f"{sign}{operand}"
@@ -49,7 +49,7 @@ def draw_chain(rng: np.random.Generator, difficulty: int) -> tuple[str, Problem]
 CHAIN = Task(
     name="chain",
     kind="text",
-    difficulties=(2, 3, 4, 5),
+    difficulties=(1, 2, 3, 4),
     draw=lambda rng, difficulty: draw_chain(rng, difficulty)[1],
     verify=verify_exact,
 )

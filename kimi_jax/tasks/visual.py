@@ -167,18 +167,17 @@ def _scene_content(task: str, scene: Scene, question: str, steps: str, answer: o
 
 
 def draw_scene_count(rng: np.random.Generator, difficulty: int) -> Content:
-    """How many things of a colour, of a shape, or of both; 0 to 9, among `difficulty` others."""
+    """How many things of a colour or of a shape; 0 to 9, among `difficulty` others."""
     colour, shape = _choice(rng, SCENE_COLOURS), _choice(rng, SHAPES)
     asked, matching = (
         (f"{colour} shapes", [thing for thing in THINGS if thing[0] == colour]),
         (_plural(shape), [thing for thing in THINGS if thing[1] == shape]),
-        (f"{colour} {_plural(shape)}", [(colour, shape)]),
-    )[rng.integers(3)]
+    )[rng.integers(2)]
     answer = int(rng.integers(10))
     others = [thing for thing in THINGS if thing not in matching]
     scene = _scatter(rng, _some(rng, matching, answer) + _some(rng, others, difficulty))
     rows = [sum(scene.get((row, column)) in matching for column in range(GRID)) for row in range(GRID)]
-    steps = f"Rows {', '.join(map(str, rows))}."
+    steps = f"Rows {', '.join(map(str, np.cumsum(rows)))}."  # a running total, so that every step adds one row
     return _scene_content("scene_count", scene, f"How many {asked}?", steps, answer, difficulty)
 
 
@@ -205,15 +204,11 @@ def draw_scene_compare(rng: np.random.Generator, difficulty: int) -> Content:
 
 
 def draw_scene_locate(rng: np.random.Generator, difficulty: int) -> Content:
-    """Where the only thing of its kind is, among `difficulty` others.
-
-    The steps list the places of its colour, then its own: "23" is row 2 column 3.
-    """
+    """Where the only thing of its kind is, among `difficulty` others."""
     target = _choice(rng, THINGS)
     scene = _scatter(rng, [target, *_some(rng, [thing for thing in THINGS if thing != target], difficulty)])
     (row, column), (colour, shape) = next(iter(scene.items()))  # the target was placed first
-    same_colour = sorted(f"{r + 1}{c + 1}" for (r, c), thing in scene.items() if thing[0] == colour)
-    steps = f"{colour} {' '.join(same_colour)}. {shape} {row + 1}{column + 1}."
+    steps = f"Look for {colour}, {shape}."
     answer = f"row {row + 1} column {column + 1}"
     return _scene_content("scene_locate", scene, f"Where is the {colour} {shape}?", steps, answer, difficulty)
 

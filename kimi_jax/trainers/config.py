@@ -119,14 +119,18 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     divides("rl.updates", "rl.problems")
     divides("rows.logits_chunk", "rows.tokens")
     if config.rl.responses < 2:
-        raise ValueError(f"config.rl.responses={config.rl.responses}: a group needs at least 2 responses to be compared.")
+        raise ValueError(
+            f"config.rl.responses={config.rl.responses}: a group needs at least 2 responses to be compared."
+        )
     if config.rl.tau <= 0 or config.rl.temperature <= 0:
-        raise ValueError(f"config.rl.tau={config.rl.tau} and config.rl.temperature={config.rl.temperature} must be positive.")
+        raise ValueError(
+            f"config.rl.tau={config.rl.tau} and config.rl.temperature={config.rl.temperature} must be positive."
+        )
     for kind, tasks in (("text", config.data.text_tasks), ("image", config.data.image_tasks)):
         if tasks and (config.data.train_per_kind % len(tasks) or config.data.heldout_per_kind % len(tasks)):
             raise ValueError(
-                f"config.data.train_per_kind={config.data.train_per_kind} and heldout_per_kind={config.data.heldout_per_kind} "
-                f"must be multiples of the number of {kind} tasks, {len(tasks)}."
+                f"config.data.train_per_kind={config.data.train_per_kind} and heldout_per_kind="
+                f"{config.data.heldout_per_kind} must be multiples of the number of {kind} tasks, {len(tasks)}."
             )
     if config.sft.examples_per_kind > config.data.train_per_kind:
         raise ValueError(
@@ -136,9 +140,9 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     longest = config.sampling.prompt_tokens + config.sampling.max_tokens
     if longest > config.rows.tokens or config.sampling.prompt_patches > config.rows.patches:
         raise ValueError(
-            f"A row of config.rows.tokens={config.rows.tokens} tokens and config.rows.patches={config.rows.patches} patches cannot "
-            f"hold the longest response: sampling.prompt_tokens + max_tokens = {longest}, sampling.prompt_patches = "
-            f"{config.sampling.prompt_patches}."
+            f"A row of config.rows.tokens={config.rows.tokens} tokens and config.rows.patches={config.rows.patches} "
+            f"patches cannot hold the longest response: sampling.prompt_tokens + max_tokens = {longest}, "
+            f"sampling.prompt_patches = {config.sampling.prompt_patches}."
         )
 
 

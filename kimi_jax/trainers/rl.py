@@ -6,8 +6,8 @@
     update        score under π_i, then one optimizer step per mini-batch, then drop the moments
     hand-over ...
 
-Differences from the report, all switchable in the config: the loss is L/(2τ), so that the learning rate does not depend on τ;
-an iteration is split into several updates, because with one update the τ term is identically zero.
+Differences from the report, all switchable in the config: the loss is L/(2τ), so that the learning rate does not depend
+on τ; an iteration is split into several updates, because with one update the τ term is identically zero.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kimi_jax import evals
-from kimi_jax.losses.mirror_descent import baseline, surrogate_loss
+from kimi_jax.losses.mirror_descent import Baseline, baseline, surrogate_loss
 from kimi_jax.rewards.length import length_weight, shaped_rewards
 from kimi_jax.rl.batch import build_minibatches
 from kimi_jax.rl.prompts import PromptSampler
@@ -34,7 +34,7 @@ from kimi_jax.types import Outcome, RLBatch, RolloutGroup, StopReason, TrainStat
 
 
 def loss_fn(logprobs, batch: RLBatch, hyper, *, form):
-    # Before the first update of an iteration the policy is π_i, so its log-probs are their own reference: Δ is 0.0 exactly.
+    # Before the first update of an iteration the policy is π_i: its log-probs are the reference, Δ is exactly 0.0.
     reference = jnp.where(hyper["is_pi_i"], jax.lax.stop_gradient(logprobs), batch.reference_logprobs)
     batch = dataclasses.replace(batch, reference_logprobs=reference)
     return surrogate_loss(logprobs, batch, tau=hyper["tau"], form=form)
@@ -62,8 +62,7 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
     rng_permute = np.random.default_rng((setup.config.seed, 1))
 
     # --- state: from SFT, or from the last checkpoint
-    opt_state = None if config.reset_optimizer else stepper.init_optimizer(params)
-    state = TrainState(params, opt_state, jnp.zeros((), jnp.int32))
+    state = setup.new_state(params, None if config.reset_optimizer else stepper.init_optimizer(params))
     serial = 0
     rollout_params = None
     with Checkpointer(
@@ -111,7 +110,9 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
                     gradable = len(outcomes) - outcomes.count(Outcome.UNGRADABLE)
                     prompt_sampler.update(int(i), outcomes.count(Outcome.CORRECT), gradable)
                 weight = length_weight(iteration, weight=config.length_weight, warmup_iterations=config.length_warmup)
-                rewards = [shaped_rewards(g.verdicts, [len(r) for r in g.rollouts], length_weight=weight)[0] for g in groups]
+                rewards = [
+                    shaped_rewards(g.verdicts, [len(r) for r in g.rollouts], length_weight=weight)[0] for g in groups
+                ]
                 advantages = [_advantages(r, kind=config.baseline, tau=config.tau) for r in rewards]
                 if config.permute_advantages:
                     advantages = [_permuted(a, rng_permute) for a in advantages]
@@ -179,10 +180,10 @@ def _update(setup: Setup, stepper: Stepper, state: TrainState, minibatches) -> t
     return state, jax.device_get(metrics)
 
 
-def _advantages(rewards: np.ndarray, *, kind: str, tau: float) -> np.ndarray:
+def _advantages(rewards: np.ndarray, *, kind: Baseline, tau: float) -> np.ndarray:
     """r_j - b over the gradable responses of one group; nan stays nan."""
     gradable = np.isfinite(rewards)
-    return rewards - baseline(rewards[gradable], kind=kind, tau=tau) if gradable.any() else rewards
+    return rewards - float(baseline(rewards[gradable], kind=kind, tau=tau)) if gradable.any() else rewards
 
 
 def _permuted(advantages: np.ndarray, rng) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 import grain
 import jax
 import ml_collections
+import numpy as np
 import optax
 
 from kimi_jax.data import chat
@@ -23,7 +24,7 @@ from kimi_jax.tasks import get_task
 from kimi_jax.tasks.base import make_problems
 from kimi_jax.training import optim, sharding
 from kimi_jax.training.step import LossFn, Stepper
-from kimi_jax.types import Problem
+from kimi_jax.types import Problem, TrainState
 
 # Independent streams of randomness under one seed.
 INIT, ROLLOUT, EVALUATION, REPORT = range(4)
@@ -46,33 +47,26 @@ class Setup:
 
     @property
     def patching(self) -> dict[str, int]:
-        vision = self.policy.config.vision
-        return {"patch_size": vision.patch_size, "merge": vision.merge_size}
+        vision = self.policy.config.vision  # None: a model of text alone, whose tasks have no images to cut
+        return {"patch_size": vision.patch_size if vision else 1, "merge": vision.merge_size if vision else 1}
 
     @property
     def packing(self) -> dict[str, int]:
-        vision = self.policy.config.vision
-        return {
-            "row_tokens": self.config.rows.tokens,
-            "row_patches": self.config.rows.patches,
-            "patch_dim": vision.patch_dim,
-            "merge": vision.merge_size,
-            "image_id": self.tokenizer.image_id,
-        }
+        return packing(self.config, self.policy.config, image_id=self.tokenizer.image_id)
 
     def prompts(self, problems: list[Problem]) -> grain.MapDataset:
         """Encoded prompts, made when asked for."""
-        return encoded_problems(problems, functools.partial(chat.encode_problem, tokenizer=self.tokenizer, **self.patching))
+        return encoded_problems(
+            problems, functools.partial(chat.encode_problem, tokenizer=self.tokenizer, **self.patching)
+        )
 
     def init_params(self) -> dict:
         return jax.jit(self.policy.init, out_shardings=self.params_sharding)(self.key(INIT))
 
-    @property
-    def params_like(self) -> Any:
-        """Shapes and shardings of the parameters: what a checkpoint is restored into."""
-        shapes = jax.eval_shape(self.policy.init, self.key(INIT))
-        place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
-        return jax.tree.map(place, shapes, self.params_sharding)
+    def new_state(self, params: dict, opt_state: Any) -> TrainState:
+        """At step 0. The counter lies on the mesh like the rest, and so it comes back from a checkpoint."""
+        step = jax.device_put(np.int32(0), jax.NamedSharding(self.mesh, jax.P()))
+        return TrainState(params, opt_state, step)
 
     @property
     def params_sharding(self) -> Any:
@@ -85,7 +79,20 @@ class Setup:
         return make_stepper(self.config, self.policy, self.mesh, loss_fn, options, total_steps)
 
 
-def make_stepper(config, policy, mesh, loss_fn: LossFn, options: ml_collections.ConfigDict, total_steps: int) -> Stepper:
+def packing(config: ml_collections.ConfigDict, shape: ModelConfig, *, image_id: int) -> dict[str, int]:
+    """How sequences are packed into rows, for `data.packing.pack_rows` and what calls it."""
+    return {
+        "row_tokens": config.rows.tokens,
+        "row_patches": config.rows.patches,
+        "patch_dim": shape.vision.patch_dim if shape.vision else 0,
+        "merge": shape.vision.merge_size if shape.vision else 1,
+        "image_id": image_id,
+    }
+
+
+def make_stepper(
+    config, policy, mesh, loss_fn: LossFn, options: ml_collections.ConfigDict, total_steps: int
+) -> Stepper:
     """options: config.sft.optimizer or config.rl.optimizer."""
     return Stepper(
         policy=policy,
@@ -116,7 +123,13 @@ def make_optimizer(options: ml_collections.ConfigDict) -> optax.GradientTransfor
 def model_config(config: ml_collections.ConfigDict, vocab_size: int | None) -> ModelConfig:
     """The named size with the config's changes. vocab_size: of the tokenizer; None keeps that of the size."""
     changes = {"dtype": config.model.dtype, "vocab_size": vocab_size}
-    return named_size(config.model.size, **{name: value for name, value in changes.items() if value})
+    shape = named_size(config.model.size, **{name: value for name, value in changes.items() if value})
+    if config.data.image_tasks and not shape.vision:
+        raise ValueError(
+            f"config.model.size={config.model.size!r} reads text alone, but config.data.image_tasks="
+            f"{tuple(config.data.image_tasks)}. Set config.data.image_tasks=() or choose a size with a vision tower."
+        )
+    return shape
 
 
 def make_policy(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, shape: ModelConfig) -> Policy:
@@ -125,9 +138,17 @@ def make_policy(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, shap
         implementation = attention.choose_implementation(mesh.devices.flat[0].platform, shape.dtype)
     if implementation not in attention.IMPLEMENTATIONS:
         raise ValueError(
-            f"config.model.attention={implementation!r} must be 'auto' or one of {', '.join(attention.IMPLEMENTATIONS)}."
+            f"config.model.attention={implementation!r} must be 'auto' or one of "
+            f"{', '.join(attention.IMPLEMENTATIONS)}."
         )
     return Policy(shape, implementation, mesh, remat=config.model.remat, unroll=config.model.unroll)
+
+
+def params_like(policy: Policy, mesh: jax.sharding.Mesh) -> dict:
+    """Shapes and shardings of the parameters: what a checkpoint is restored into."""
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, shapes, sharding.shardings(mesh, shapes, sharding.TRAIN_RULES))
 
 
 def make_problem_sets(config: ml_collections.ConfigDict) -> tuple[list[Problem], list[Problem]]:
@@ -136,7 +157,9 @@ def make_problem_sets(config: ml_collections.ConfigDict) -> tuple[list[Problem],
     for split, per_kind in (("train", config.data.train_per_kind), ("heldout", config.data.heldout_per_kind)):
         kinds = []
         for tasks in (config.data.text_tasks, config.data.image_tasks):
-            drawn = [make_problems(get_task(t), split=split, count=per_kind // len(tasks), seed=config.seed) for t in tasks]
+            drawn = [
+                make_problems(get_task(t), split=split, count=per_kind // len(tasks), seed=config.seed) for t in tasks
+            ]
             if drawn:
                 kinds.append([problem for turn in zip(*drawn, strict=True) for problem in turn])
         sets.append([problem for turn in zip(*kinds, strict=True) for problem in turn])

@@ -4,7 +4,6 @@
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kimi_jax import evals
@@ -18,12 +17,12 @@ from kimi_jax.trainers.setup import EVALUATION, Setup
 from kimi_jax.training.checkpoint import Checkpointer
 from kimi_jax.training.metrics import MetricsWriter, Stopwatch, progress
 from kimi_jax.training.step import check_finite
-from kimi_jax.types import TrainState, pytree
+from kimi_jax.types import PackedRows, pytree
 
 
 @pytree
 class SFTBatch:
-    rows: object  # PackedRows
+    rows: PackedRows
 
 
 def loss_fn(logprobs, batch: SFTBatch, hyper):
@@ -46,7 +45,7 @@ def train(setup: Setup, stop: StopRequest) -> dict:
     with Checkpointer(setup.workdir / "checkpoints" / "sft", keep_last=1, keep_best=0, best_metric=None) as checkpoints:
         start = checkpoints.latest_step()
         params = setup.init_params()
-        state = TrainState(params, stepper.init_optimizer(params), jnp.zeros((), jnp.int32))
+        state = setup.new_state(params, stepper.init_optimizer(params))
         if start is not None:
             _, state, _ = checkpoints.restore(state)
         if start == config.steps:

@@ -37,11 +37,18 @@ class Checkpointer:
     deleted, an old one only after the new one is complete. Ties go to the newer step; a step without that metric, or
     with a non-finite one, is never among the best.
 
-    Raises ValueError when the numbers make no sense or the directory cannot be written to. (A directory that already
-    holds checkpoints may be read-only as long as nothing is saved.)
+    Raises ValueError when the numbers make no sense or the directory cannot be written to. To only read, use `reader`.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep_last: int, keep_best: int, best_metric: str | None):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep_last: int,
+        keep_best: int,
+        best_metric: str | None,
+        read_only: bool = False,
+    ):
         if keep_last < 1 or keep_best < 0:
             raise ValueError(f"keep_last={keep_last} must be at least 1 and keep_best={keep_best} at least 0.")
         if (keep_best > 0) != (best_metric is not None):
@@ -51,17 +58,30 @@ class Checkpointer:
             )
         self.directory = epath.Path(directory).absolute()
         self._keep_last, self._keep_best, self._best_metric = keep_last, keep_best, best_metric
-        if not self.directory.is_dir() or not any(self.directory.iterdir()):
+        self._read_only = read_only
+        if not read_only:
             self._check_writable()
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(preservation_policy=_Policy(self._steps_to_keep)),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_Policy(self._steps_to_keep), read_only=read_only, create=not read_only
+            ),
             item_names=("arrays", "record"),
-            item_handlers={"arrays": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()},
+            item_handlers={"arrays": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()},
         )
         self._scores: dict[int, float] = {}  # best_metric by step
-        for step in self._manager.all_steps():
+        for step in self._manager.all_steps() if best_metric else ():
             self._note_score(step, self._read_record(step)["metrics"])
+
+    @classmethod
+    def reader(cls, directory: str | os.PathLike) -> "Checkpointer":
+        """Opens what another run wrote, or is writing. Creates and deletes nothing, and needs no right to write.
+
+        Raises FileNotFoundError when there is no such directory.
+        """
+        if not epath.Path(directory).is_dir():
+            raise FileNotFoundError(f"No checkpoints: there is no directory {epath.Path(directory).absolute()}.")
+        return cls(directory, keep_last=1, keep_best=0, best_metric=None, read_only=True)
 
     def save(
         self, step: int, arrays: PyTree, meta: dict, metrics: dict[str, float] | None = None, *, wait: bool = False
@@ -72,8 +92,11 @@ class Checkpointer:
         Writing goes on in a thread; an error there is raised by the next call. `wait=True` returns when the step is
         complete.
 
-        Raises ValueError when `step` is not newer than what is there, a leaf is not an array, or `meta` is not JSON.
+        Raises ValueError when `step` is not newer than what is there, a leaf is not an array, `meta` is not JSON, or
+        this is a reader.
         """
+        if self._read_only:
+            raise ValueError(f"Cannot save step {step}: {self.directory} was opened with Checkpointer.reader, to read.")
         flat = _flatten(arrays)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         described = {path: _describe(x) for path, x in flat.items()}
@@ -89,7 +112,7 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave({path: x for path, x in flat.items() if x.size}),
+                arrays=ocp.args.PyTreeSave({path: x for path, x in flat.items() if x.size}),
                 record=ocp.args.JsonSave(record),
             ),
             force=True,
@@ -107,14 +130,18 @@ class Checkpointer:
         self.wait()
         return next(iter(self._best_first(self._manager.all_steps())), None)
 
-    def restore(self, arrays_like: PyTree, step: int | None = None) -> tuple[int, PyTree, dict]:
+    def restore(
+        self, arrays_like: PyTree, step: int | None = None, *, partial: bool = False
+    ) -> tuple[int, PyTree, dict]:
         """Loads (step, arrays, meta); the newest step if none is given.
 
         Each leaf of `arrays_like` says what is expected and what comes back: a `jax.ShapeDtypeStruct` with a sharding,
-        or a `jax.Array`, becomes a `jax.Array` with that sharding, a NumPy array becomes a NumPy array.
+        or a `jax.Array`, becomes a `jax.Array` with that sharding, a NumPy array becomes a NumPy array. `partial=True`
+        loads those leaves and nothing else: a checkpoint of {"params": ..., "opt_state": ...} also restores into
+        {"params": ...}, and the moments are not read.
 
         Raises FileNotFoundError when there is no such step, and ValueError, before anything is loaded, when paths,
-        shapes or dtypes differ from those of the checkpoint.
+        shapes or dtypes differ from those of the checkpoint; if partial, arrays that were not asked for may differ.
         """
         step = self._resolve(step)
         record = self._read_record(step)
@@ -125,10 +152,9 @@ class Checkpointer:
                     f"The restore target {path!r} has no sharding, so it is unknown where it should live. Give "
                     "jax.ShapeDtypeStruct(shape, dtype, sharding=...), or a NumPy array to get one back."
                 )
-        self._check_targets(step, record["arrays"], {path: _describe(target) for path, target in targets.items()})
-        loaded = self._manager.restore(
-            step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore({p: t for p, t in targets.items() if t.size}))
-        )["arrays"]
+        saved = {path: x for path, x in record["arrays"].items() if path in targets or not partial}
+        self._check_targets(step, saved, {path: _describe(target) for path, target in targets.items()})
+        loaded = self._load(step, {path: target for path, target in targets.items() if target.size})
         leaves = [loaded[path] if target.size else _empty(target) for path, target in targets.items()]
         return step, jax.tree.unflatten(jax.tree.structure(arrays_like), leaves), record["meta"]
 
@@ -183,6 +209,13 @@ class Checkpointer:
         if step is not None and step not in steps:
             raise FileNotFoundError(f"No complete checkpoint of step {step} in {self.directory}; it holds {steps}.")
         return steps[-1] if step is None else step
+
+    def _load(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
+        if not targets:
+            return {}
+        how = ocp.checkpoint_utils.construct_restore_args(targets)
+        arrays = ocp.args.PyTreeRestore(targets, how, partial_restore=True)  # `_check_targets` has compared the rest
+        return self._manager.restore(step, args=ocp.args.Composite(arrays=arrays))["arrays"]
 
     def _read_record(self, step: int) -> dict:
         return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]

@@ -6,16 +6,19 @@ import optax
 
 
 def adam(*, b1: float, b2: float, eps: float, weight_decay: float) -> optax.GradientTransformation:
-    """AdamW without the learning rate, which `training.step` applies from the step counter outside the optimizer state."""
-    return optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), optax.add_decayed_weights(weight_decay, mask=_matrices))
+    """AdamW without the learning rate, which `training.step` applies: its step counter outlives the optimizer state."""
+    moments = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    return optax.chain(moments, optax.add_decayed_weights(weight_decay, mask=_matrices))
 
 
 def sgd() -> optax.GradientTransformation:
-    """Plain gradient descent: no state, and no amplification of rounding, so equalities between layouts can be tested."""
+    """Plain gradient descent: no state, no amplification of rounding, so equalities between layouts can be tested."""
     return optax.identity()
 
 
-def learning_rate(step: jax.Array, *, kind: str, peak: float, end: float, warmup_steps: int, total_steps: int) -> jax.Array:
+def learning_rate(
+    step: jax.Array, *, kind: str, peak: float, end: float, warmup_steps: int, total_steps: int
+) -> jax.Array:
     """Linear warm-up from 0 over `warmup_steps`, then constant or a cosine from `peak` to `end` at `total_steps`."""
     if kind not in ("constant", "cosine"):
         raise ValueError(f"Unknown schedule {kind!r}: use 'constant' or 'cosine'.")

@@ -1,14 +1,17 @@
 """The mesh, and the two tables that say how parameters lie on it.
 
-Axes: `data` and `fsdp` split rows; `fsdp` also splits the training copy of the parameters; `tensor` splits heads and widths in
-both copies. The first pattern that matches the path of a parameter decides; a parameter that none matches is an error.
+Axes: `data` and `fsdp` split rows; `fsdp` also splits the training copy of the parameters; `tensor` splits heads and
+widths in both copies. The first pattern that matches the path of a parameter decides; a parameter that none matches is
+an error.
 """
 
+import math
 import re
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 P = PartitionSpec
@@ -27,32 +30,35 @@ TRAIN_RULES = (
     (r"patch_embed/bias", P()),
     (r"scalar_head/(kernel|bias)", P()),
     (r"norm/scale", P()),
-    (r"(^|/)count$", P()),  # of Adam
+    (r"(^|/)(count|step)$", P()),  # of Adam, of TrainState
+    (r"(^|/)parts/", P()),  # of a loss
 )
 
-# Decode reads every weight once per step, so nothing is gathered over fsdp: each data-parallel copy holds its tensor slice.
+# Decode reads every weight once per step, so nothing is gathered over fsdp: each data-parallel copy holds its slice.
 SAMPLE_RULES = tuple((pattern, P(*(a if a == "tensor" else None for a in spec))) for pattern, spec in TRAIN_RULES)
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
-    """A mesh with axes data, fsdp, tensor. One size may be -1: what is left. Raises ValueError when the sizes do not fit."""
+    """A mesh with axes data, fsdp, tensor. One size may be -1: what is left. Raises ValueError when they do not fit."""
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
-    if sizes.count(-1) == 1 and len(devices) % int(-np.prod(sizes)) == 0:
-        sizes[sizes.index(-1)] = len(devices) // int(-np.prod(sizes))
+    given = int(-np.prod(sizes))  # what the other two multiply to, if one is -1
+    if sizes.count(-1) == 1 and given > 0 and len(devices) % given == 0:
+        sizes[sizes.index(-1)] = len(devices) // given
     if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
         raise ValueError(
-            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not cover {len(devices)} devices. The sizes must multiply to "
-            "that number; one of them may be -1."
+            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not cover {len(devices)} devices. The sizes must "
+            "multiply to that number; one of them may be -1."
         )
-    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), devices=devices, axis_types=(AxisType.Auto,) * 3)
+    # A size need not match a side of the torus that the chips of a TPU slice form: v5p:4x4x4 can be 2 x 16 x 2.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def shardings(mesh: Mesh, tree: Any, rules) -> Any:
     """A NamedSharding per leaf of `tree` (arrays or shapes), by its path.
 
-    Stacked layers (a path through "runs") have one more axis in front, which stays whole. An axis of the mesh that does not
-    divide the dimension it should split is left out: that parameter is replicated along it.
+    Stacked layers (a path through "runs") have one more axis in front, which stays whole.
     Raises KeyError that names a parameter which no rule matches.
     """
 
@@ -60,21 +66,37 @@ def shardings(mesh: Mesh, tree: Any, rules) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         for pattern, spec in rules:
             if re.search(pattern, name):
-                names = ((None,) if "runs" in name.split("/") and spec else ()) + tuple(spec)
-                split = (a if a and leaf.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(names))
-                return NamedSharding(mesh, P(*split))
-        raise KeyError(f"No sharding rule matches parameter {name!r} of shape {leaf.shape}. Add one to training.sharding.TRAIN_RULES.")
+                stacked = "runs" in name.split("/") and spec
+                return _split(mesh, leaf.shape, (None, *spec) if stacked else spec)
+        raise KeyError(
+            f"No sharding rule matches parameter {name!r} of shape {leaf.shape}. Add one to "
+            "training.sharding.TRAIN_RULES."
+        )
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """For arrays whose first axis is rows (packed rows, sampled rows)."""
-    return NamedSharding(mesh, P(ROW_AXES))
+def row_shardings(mesh: Mesh, tree: Any) -> Any:
+    """A sharding per array: split along the first axis, which is rows, where it divides evenly, else replicated."""
+    return jax.tree.map(lambda x: _split(mesh, x.shape, (ROW_AXES,)), tree)
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:
-    """Places arrays on the mesh, split along their first axis where it divides evenly, else replicated."""
-    split = mesh.shape["data"] * mesh.shape["fsdp"]
-    place = lambda x: jax.device_put(x, rows_sharding(mesh) if x.shape[0] % split == 0 else NamedSharding(mesh, P()))  # noqa: E731
-    return jax.tree.map(place, tree)
+    """Places arrays on the mesh as `row_shardings` says."""
+    return jax.device_put(tree, row_shardings(mesh, tree))
+
+
+def _split(mesh: Mesh, shape: tuple[int, ...], names) -> NamedSharding:
+    """Dimension i split over the axes names[i]; those that do not divide it, or have size 1, are left out.
+
+    Each layout is written in one way, that of XLA: what a program gives back then lies as what it was given, by name too,
+    and no program is compiled twice for the same layout.
+    """
+    spec: list = []
+    for size, name in zip(shape, names, strict=False):
+        axes = tuple(a for a in ((name,) if isinstance(name, str) else name or ()) if mesh.shape[a] > 1)
+        divides = size % math.prod(mesh.shape[a] for a in axes) == 0
+        spec.append(None if not (axes and divides) else axes if len(axes) > 1 else axes[0])
+    while spec and spec[-1] is None:
+        spec.pop()
+    return NamedSharding(mesh, P(*spec))

@@ -5,11 +5,12 @@
         acc = trainer.accumulate(acc, params, micro_batch, hyper)
     state, metrics = trainer.apply(state, acc)
 
-A loss is a pure function `loss_fn(logprobs, batch, hyper) -> (loss, parts)` of the log-probs of the targets. Its parts add up over
-micro-batches, except those named `max_...`, which combine by the maximum.
+A loss is a pure function `loss_fn(logprobs, batch, hyper) -> (loss, parts)` of the log-probs of the targets. Its parts
+add up over micro-batches, except those named `max_...`, which combine by the maximum.
 """
 
-import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,40 +25,45 @@ LossFn = Callable[[jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient was inf or nan. The update was not applied."""
+    """A gradient or a part of a loss was inf or nan. The update was not applied."""
 
 
-@dataclasses.dataclass(frozen=True)
 class Stepper:
-    """The jitted pieces of an update. `batch.rows` are PackedRows; everything that varies at run time is in `hyper`."""
+    """The pieces of an update, each jitted once. `batch.rows` are PackedRows; what varies at run time is in `hyper`."""
 
-    policy: Policy
-    loss_fn: LossFn
-    optimizer: optax.GradientTransformation
-    schedule: Callable[[jax.Array], jax.Array]
-    clip_norm: float
-    logits_chunk: int
-    moments_sharding: Callable[[Any], Any] = lambda shapes: None  # shapes of an optimizer state -> shardings
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        loss_fn: LossFn,
+        optimizer: optax.GradientTransformation,
+        schedule: Callable[[jax.Array], jax.Array],
+        clip_norm: float,
+        logits_chunk: int,
+        moments_sharding: Callable[[Any], Any] = lambda tree: None,
+    ):
+        """moments_sharding: from a tree that is laid out like the parameters (gradients, moments) to its shardings."""
+        self.policy, self.loss_fn, self.optimizer, self.schedule = policy, loss_fn, optimizer, schedule
+        self.clip_norm, self.logits_chunk, self.moments_sharding = clip_norm, logits_chunk, moments_sharding
+        self.score = jax.jit(self._score)
+        self.zeros = jax.jit(self._zeros)
+        self.accumulate = jax.jit(self._accumulate, donate_argnums=0)
+        self.apply = jax.jit(self._apply, donate_argnums=0)
 
-    def __post_init__(self):
-        jitted = {
-            "score": jax.jit(self._score),
-            "accumulate": jax.jit(self._accumulate, donate_argnums=0),
-            "apply": jax.jit(self._apply, donate_argnums=(0, 1)),
-        }
-        for name, function in jitted.items():
-            object.__setattr__(self, name, function)
+    @functools.cached_property
+    def _init_optimizer(self):
+        shapes = jax.eval_shape(self.optimizer.init, jax.eval_shape(self.policy.init, jax.random.key(0)))
+        return jax.jit(self.optimizer.init, out_shardings=self.moments_sharding(shapes))
 
     def init_optimizer(self, params) -> Any:
         """Fresh moments, laid out like the parameters."""
-        shapes = jax.eval_shape(self.optimizer.init, params)
-        return jax.jit(self.optimizer.init, out_shardings=self.moments_sharding(shapes))(params)
+        return self._init_optimizer(params)
 
-    def zeros(self, params, batch, hyper) -> dict:
+    def _zeros(self, params, batch, hyper) -> dict:
         """An empty accumulator."""
         _, parts = jax.eval_shape(self._loss, params, batch, hyper)
-        grads = jax.jit(lambda p: jax.tree.map(jnp.zeros_like, p))(params)
-        return {"grads": grads, "parts": {name: jnp.zeros((), part.dtype) for name, part in parts.items()}}
+        like = {"grads": params, "parts": parts}
+        return self._placed(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
 
     def _logprobs(self, params, rows, temperature):
         return self.policy.logprobs(params, rows, temperature=temperature, logits_chunk=self.logits_chunk)
@@ -75,35 +81,42 @@ class Stepper:
     def _accumulate(self, acc, params, batch, hyper):
         grads, parts = jax.grad(self._loss, has_aux=True)(params, batch, hyper)
         combine = lambda name: jnp.maximum if name.startswith("max_") else jnp.add  # noqa: E731
-        return {
+        acc = {
             "grads": jax.tree.map(jnp.add, acc["grads"], grads),
             "parts": {name: combine(name)(acc["parts"][name], part) for name, part in parts.items()},
         }
+        return self._placed(acc)
 
     def _apply(self, state: TrainState, acc) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One step of the optimizer; leaves the state untouched when the loss or the gradient is not finite."""
-        norm = optax.global_norm(acc["grads"])
-        finite = jnp.isfinite(norm) & jnp.isfinite(acc["parts"]["loss"])
+        """One step of the optimizer; leaves the state untouched when a gradient or a part of the loss is not finite."""
+        norm = optax.tree.norm(acc["grads"])
+        finite = jnp.all(jnp.isfinite(jnp.stack([norm, *acc["parts"].values()])))
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, self.clip_norm / (norm + 1e-12)), acc["grads"])
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         rate = self.schedule(state.step)
         updates = jax.tree.map(lambda u: -rate * u, updates)
         proposed = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
-        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
+        state = self._placed(jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state))
         metrics = {
             **acc["parts"],
             "grad_norm": norm,
-            "update_norm": optax.global_norm(updates),
+            "update_norm": optax.tree.norm(updates),
             "learning_rate": rate,
             "finite": finite.astype(jnp.float32),
         }
         return state, metrics
 
+    def _placed(self, tree):
+        """Within jit: the layout of the result is ours, not the compiler's choice, so what reads it compiles once."""
+        shardings = self.moments_sharding(tree)
+        return tree if shardings is None else jax.lax.with_sharding_constraint(tree, shardings)
+
 
 def check_finite(metrics: dict[str, float], where: str) -> None:
-    """Raises NonFiniteError that says where and what to try, if an update was skipped."""
+    """Raises NonFiniteError that says where, what and what to try, if an update was skipped."""
     if metrics["finite"] < 1:
+        found = ", ".join(f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value))
         raise NonFiniteError(
-            f"{where}: the loss ({metrics['loss']}) or gradient norm ({metrics['grad_norm']}) is not finite. The update was not "
-            "applied and the last checkpoint is intact. Lower the learning rate or clip_norm, or look at the newest metrics."
+            f"{where}: not finite: {found}. The update was not applied and the last checkpoint is intact. Lower the "
+            "learning rate or clip_norm, or look at the newest metrics."
         )

@@ -50,7 +50,7 @@ def test_chain_answers_and_steps():
         values = left_to_right(expression)
         assert str(values[-1]) == problem.answer
         assert len(values) - 1 == problem.difficulty
-        assert all(0 <= v <= 99 for v in values)
+        assert all(0 <= v <= 49 for v in values)
         steps = EQUATION.findall(problem.solution)
         assert [int(s[0]) for s in steps] == values[:-1] and [int(s[3]) for s in steps] == values[1:]
         assert "".join([str(values[0])] + [s[1] + s[2] for s in steps]) == expression
@@ -63,10 +63,10 @@ def test_chain_mixes_operations_and_sizes():
     problems = make_problems(TASKS["chain"], split="train", count=401, seed=5)
     text = " ".join(p.prompt for p in problems)
     signs = Counter(re.findall(r"[-+*]", text))
-    assert min(signs[s] / sum(signs.values()) for s in "+-*") > 0.1
+    assert min(signs[s] / sum(signs.values()) for s in "+-*") > 0.05
     digits = Counter(len(n) for n in re.findall(r"\d+", text))
-    assert set(digits) == {1, 2} and min(digits.values()) / sum(digits.values()) > 0.2
-    assert {p.split("*")[1][0] for p in re.findall(r"\*\d", text)} == set("2345")
+    assert set(digits) == {1, 2} and min(digits.values()) / sum(digits.values()) > 0.1
+    assert {p.split("*")[1][0] for p in re.findall(r"\*\d", text)} == set("23")
     assert max(Counter(p.answer for p in problems).values()) / len(problems) < 0.05
 
 

@@ -96,6 +96,62 @@ def test_restores_onto_another_sharding(tmp_path):
             ckpt.restore({"x": jax.ShapeDtypeStruct(x.shape, x.dtype)})
 
 
+def test_a_part_restores_without_the_rest(tmp_path):
+    arrays = some_arrays()
+    mesh = Mesh(np.asarray(jax.devices()), ("fsdp",), axis_types=(AxisType.Auto,))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    kernel = jax.ShapeDtypeStruct((7, 11), jnp.float32, sharding=replicated)
+    part = {"params": {"kernel": kernel}, "mask": arrays["mask"]}
+    with checkpointer(tmp_path) as ckpt:
+        ckpt.save(3, arrays, {"serial": 5})
+        with pytest.raises(ValueError, match="moments/0/mu: checkpoint float32.3., expected nothing"):
+            ckpt.restore(part)
+        step, restored, meta = ckpt.restore(part, partial=True)
+        assert (step, meta) == (3, {"serial": 5})
+        assert_same(restored, {"params": {"kernel": arrays["params"]["kernel"]}, "mask": arrays["mask"]})
+        assert restored["params"]["kernel"].sharding == replicated
+        for wrong, complaint in (
+            ({"params": {"kernel": np.zeros((11, 7), np.float32)}}, "float32.7,11., expected float32.11,7."),
+            ({"params": {"kernel": np.zeros((7, 11), np.float16)}}, "float32.7,11., expected float16.7,11."),
+            ({"mask": arrays["mask"], "weights": np.zeros(3)}, "weights: checkpoint nothing, expected float64.3."),
+        ):
+            with pytest.raises(ValueError, match=complaint):
+                ckpt.restore(wrong, partial=True)
+
+
+def test_a_part_is_all_that_is_read(tmp_path):
+    """The files of everything else may be gone: what a part costs does not depend on the whole."""
+    big, small = np.random.default_rng(0).normal(size=(1009, 211)), np.arange(13)
+    with checkpointer(tmp_path) as ckpt:
+        ckpt.save(1, {"big": big, "small": small}, {}, wait=True)
+        (data,) = [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size > big.nbytes // 2]
+        data.unlink()
+        assert_same(ckpt.restore({"small": small}, partial=True)[1], {"small": small})
+        with pytest.raises(Exception, match="big"):
+            ckpt.restore({"big": big}, partial=True)
+
+
+def test_a_reader_changes_nothing(tmp_path):
+    def contents():
+        return {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]}
+
+    with pytest.raises(FileNotFoundError, match="there is no directory .*/absent"):
+        Checkpointer.reader(tmp_path / "absent")
+    assert list(tmp_path.iterdir()) == []
+    with Checkpointer.reader(tmp_path) as reader:
+        assert reader.latest_step() is None
+    with checkpointer(tmp_path, keep_last=3) as writer:
+        for step in (1, 2, 3):
+            writer.save(step, {"x": np.asarray(step)}, {"step": step}, wait=True)
+        before = contents()
+        with Checkpointer.reader(tmp_path) as reader:  # beside a run that goes on
+            assert (reader.latest_step(), reader.read_meta(2)) == (3, {"step": 2})
+            assert reader.restore({"x": np.asarray(0)}, 1)[1]["x"] == 1
+            with pytest.raises(ValueError, match="Cannot save step 4: .* was opened with Checkpointer.reader"):
+                reader.save(4, {"x": np.asarray(4)}, {})
+        assert contents() == before
+
+
 def test_arrays_may_be_donated_and_overwritten_as_soon_as_save_returns(tmp_path):
     advance = jax.jit(lambda x: x * 1.5 + 1, donate_argnums=0)
     on_device, on_host = jnp.arange(1_000_003, dtype=jnp.float32), np.arange(1_000_003)

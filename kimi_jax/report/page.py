@@ -1,16 +1,8 @@
-"""What a run has to show: learning curves, a table of SFT against RL, and an HTML page with both and sampled rollouts.
-
-The page is a single file that loads nothing: styles are inline, images are data URIs, all text is escaped, and its
+"""The report as one HTML page that loads nothing: styles are inline, images are data URIs, all text is escaped, and its
 content security policy forbids requests. Curves are embedded twice, for light and dark.
-
-    metrics   rows of `metrics.jsonl`: "step" or "iteration", and numbers (None where there was nothing to measure)
-    summary   {"seconds", "device", "seed", "sft": {kind: scores}, "rl": {kind: scores}}; kind is "text" or "image",
-              scores are {"accuracy", "greedy_accuracy", "mean_tokens", "n"}, accuracies in 0..1
-    groups    {stage: [RolloutGroup, ...]}, stages in the order in which they are shown, e.g. {"SFT": ..., "RL": ...}
 """
 
 import base64
-import collections
 import html
 import io
 import os
@@ -18,203 +10,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.figure
-import matplotlib.layout_engine
-import matplotlib.ticker
 import numpy as np
 import PIL.Image
 
+from kimi_jax.report import curves
+from kimi_jax.report.curves import Metrics
+from kimi_jax.report.table import provenance, score_rows
 from kimi_jax.types import IMAGE_MARKER, Outcome, Rollout, RolloutGroup, Verdict
-
-Metrics = Sequence[dict[str, Any]]
-
-# --- curves ---------------------------------------------------------------------------------------------------------
-
-_LIGHT = {"ink": "#1f2328", "faint": "#6b7280", "grid": "#e5e7eb", "paper": "#ffffff",
-          "series": ("#1f6feb", "#d9730d", "#4b5563", "#0f8a5f", "#8250df", "#c2255c")}  # fmt: skip
-_DARK = {"ink": "#e6e8eb", "faint": "#9aa3ae", "grid": "#2f353d", "paper": "#1a1d21",
-         "series": ("#6cabff", "#ffa657", "#b6bec9", "#4ccf9b", "#c59bff", "#ff8ab4")}  # fmt: skip
-
-_PERCENT = matplotlib.ticker.FuncFormatter(lambda share, _: f"{100 * share:.3g}%")
-
-_ACCURACIES = (  # key while training, key of the held-out evaluation, label, index of its colour
-    ("accuracy", None, "all", 2),
-    ("accuracy_text", "eval_text_accuracy", "text", 0),
-    ("accuracy_image", "eval_image_accuracy", "image", 1),
-)
-_FAMILIES = {  # how a name begins: the panel it shares with others; any other metric gets its own
-    "entropy": "Entropy (nats per token)",
-    "kl": "KL divergence to the reference",
-    "logprob_gap": "Log-prob gap to the sampler, mean",
-    "max_logprob_gap": "Log-prob gap to the sampler, max",
-    "truncated": "Share of responses",
-    "ungradable": "Share of responses",
-    "groups": "Share of groups",
-    "seconds": "Seconds per phase",
-}
-
-
-def write_curves(metrics: Metrics, path: str | os.PathLike) -> None:
-    """A PNG with two panels over the iterations: accuracy (text, image, all) and response length.
-
-    Faint lines are the measurements, strong lines their running mean, markers the held-out evaluations.
-    Raises ValueError without any row.
-    """
-    pathlib.Path(path).write_bytes(_png(_curves(metrics, _LIGHT)))
-
-
-def _curves(metrics: Metrics, colors: dict) -> matplotlib.figure.Figure:
-    if not metrics:
-        raise ValueError("There are no rows of metrics to draw. Log at least one iteration first.")
-    figure, (left, right) = _panels(2, 2, colors, width=11.0, height=4.2)
-    for key, eval_key, label, color in _ACCURACIES:
-        _draw(left, *_series(metrics, key), color=colors["series"][color], label=label)
-        x, y = _series(metrics, eval_key)
-        if len(x):
-            style = {"marker": "o", "markersize": 7, "markeredgecolor": colors["paper"], "markeredgewidth": 1.2}
-            left.plot(x, y, linestyle="", color=colors["series"][color], label=f"{label}, held out", zorder=4, **style)
-    _draw(right, *_series(metrics, "response_length"), color=colors["series"][3], label="")
-    left.set_ylim(bottom=max(left.get_ylim()[0], 0), top=min(left.get_ylim()[1], 1.03))
-    left.yaxis.set_major_formatter(_PERCENT)
-    _title(left, "Accuracy", colors)
-    _title(right, "Response length (tokens)", colors)
-    right.set_ylim(bottom=0, top=right.get_ylim()[1])
-    _legend(left, colors, ncols=1)
-    return figure
-
-
-def _details(metrics: Metrics, colors: dict) -> matplotlib.figure.Figure | None:
-    """Small panels for all metrics that `_curves` does not show."""
-    shown = {"step", "iteration", "response_length", *(key for row in _ACCURACIES for key in row[:2])}
-    families = collections.defaultdict(list)
-    for key in dict.fromkeys(key for row in metrics for key in row):
-        if key not in shown and len(_series(metrics, key)[0]):
-            stem = next((stem for stem in _FAMILIES if key.startswith(stem)), key)
-            families[_FAMILIES.get(stem, stem)].append((key, key.removeprefix(stem).strip("_/. ") or key))
-    if not families:
-        return None
-    order = {name: i for i, name in enumerate(_FAMILIES.values())}
-    figure, panels = _panels(len(families), 3, colors, width=11.0, height=2.9)
-    for panel, name in zip(panels, sorted(families, key=lambda name: order.get(name, len(order))), strict=True):
-        for i, (key, label) in enumerate(families[name]):
-            color = colors["series"][i % len(colors["series"])]
-            _draw(panel, *_series(metrics, key), color=color, label=label if len(families[name]) > 1 else "")
-        if name.startswith("Share"):
-            panel.yaxis.set_major_formatter(_PERCENT)
-        _title(panel, name, colors, size=9.5)
-        _legend(panel, colors, ncols=2)
-    return figure
-
-
-def _series(metrics: Metrics, key: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """(iterations, values) of the rows that have a number there."""
-    points = [
-        (row.get("iteration", row.get("step", i)), row[key])
-        for i, row in enumerate(metrics)
-        if isinstance(row.get(key), int | float) and np.isfinite(row[key])
-    ]
-    x, y = zip(*points, strict=True) if points else ((), ())
-    return np.asarray(x, float), np.asarray(y, float)
-
-
-def _smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Mean of y under a Gaussian window over x, 1/30 of the range wide; no lag, and fair to the ends and to gaps."""
-    width = max(np.ptp(x) / 30, 1e-9)
-    weights = np.exp(-0.5 * ((x[:, None] - x[None, :]) / width) ** 2)
-    return weights @ y / weights.sum(axis=1)
-
-
-def _draw(panel, x: np.ndarray, y: np.ndarray, *, color: str, label: str) -> None:
-    if len(x) == 0:
-        return
-    label = label or "_nolegend_"
-    if len(x) < 5:  # too few for a trend
-        panel.plot(x, y, color=color, label=label, marker="o", markersize=4, linewidth=1.2)
-    else:
-        panel.plot(x, y, color=color, alpha=0.25, linewidth=1.0)
-        panel.plot(x, _smooth(x, y), color=color, linewidth=2.0, label=label)
-
-
-def _panels(count: int, columns: int, colors: dict, *, width: float, height: float):
-    """A figure with `count` empty panels in rows of `columns`; `width` of the whole, `height` of a row, in inches."""
-    rows = -(-count // columns)
-    layout = matplotlib.layout_engine.ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-    figure = matplotlib.figure.Figure(figsize=(width, height * rows), layout=layout, facecolor=colors["paper"])
-    panels = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
-    for panel in panels:
-        panel.set_facecolor(colors["paper"])
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.spines[["left", "bottom"]].set_color(colors["grid"])
-        panel.grid(axis="y", color=colors["grid"], linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.tick_params(colors=colors["faint"], labelsize=9, length=0)
-        panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=6, integer=True))
-        panel.set_xlabel("iteration", color=colors["faint"], fontsize=9)
-    return figure, panels
-
-
-def _title(panel, text: str, colors: dict, size: float = 12) -> None:
-    panel.set_title(text, loc="left", color=colors["ink"], fontsize=size, fontweight="bold", pad=8)
-
-
-def _legend(panel, colors: dict, *, ncols: int) -> None:
-    if panel.get_legend_handles_labels()[0]:
-        panel.legend(
-            frameon=False, labelcolor=colors["ink"], fontsize=8.5, handlelength=1.2, columnspacing=1.0, ncols=ncols
-        )
-
-
-def _png(figure: matplotlib.figure.Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
-
-
-# --- table ----------------------------------------------------------------------------------------------------------
-
-_KINDS = ("text", "image")
-_ROWS = (
-    ("sampled accuracy", "accuracy", "{:.1%}", 100, " points"),
-    ("greedy accuracy", "greedy_accuracy", "{:.1%}", 100, " points"),
-    ("mean tokens", "mean_tokens", "{:.1f}", 1, ""),
-    ("n", "n", "{:.0f}", None, ""),
-)  # label, key, format, factor of the gain (None: has no gain), its unit
-
-
-def _table(summary: dict) -> list[tuple[str, ...]]:
-    """Rows (kind, label, SFT, RL, gain), ready to print; a score that is missing is a dash."""
-    rows = []
-    for kind in _KINDS:
-        sft, rl = summary["sft"].get(kind), summary["rl"].get(kind)
-        if sft is None and rl is None:
-            continue
-        for label, key, form, factor, unit in _ROWS:
-            before, after = (sft or {}).get(key), (rl or {}).get(key)
-            gain = "" if factor is None or None in (before, after) else f"{factor * (after - before):+.1f}{unit}"
-            rows.append((kind, label, *("–" if v is None else form.format(v) for v in (before, after)), gain))
-    if not rows:
-        raise ValueError(f"No scores: 'sft' and 'rl' need 'text' or 'image', but the summary is {summary}.")
-    return rows
-
-
-def results_table(summary: dict) -> str:
-    """The scores of SFT and RL side by side with the gains, as plain text."""
-    lines = [f"{'':<20}{'SFT':>9}{'RL':>9}   gain"]
-    kind = None
-    for row in _table(summary):
-        if row[0] != kind:
-            kind = row[0]
-            lines.append(kind)
-        lines.append(f"  {row[1]:<18}{row[2]:>9}{row[3]:>9}   {row[4]}".rstrip())
-    return "\n".join([*lines, "", _provenance(summary)])
-
-
-def _provenance(summary: dict) -> str:
-    minutes, seconds = divmod(round(summary["seconds"]), 60)
-    return f"{f'{minutes} min ' if minutes else ''}{seconds} s on {summary['device']}, seed {summary['seed']}"
-
-
-# --- page -----------------------------------------------------------------------------------------------------------
 
 
 def write_report(
@@ -249,15 +51,15 @@ def _header(title: str, summary: dict) -> str:
     headlines = "".join(
         f'<div class="headline"><span class="label">{_text(kind)}, {_text(label)}</span>'
         f'<span class="big">{_text(gain or rl)}</span><span class="label">{_text(sft)} → {_text(rl)}</span></div>'
-        for kind, label, sft, rl, gain in _table(summary)
+        for kind, label, sft, rl, gain in score_rows(summary)
         if label == "sampled accuracy"
     )
-    return f'<header><h1>{_text(title)}</h1><p class="quiet">{_text(_provenance(summary))}</p>{headlines}</header>'
+    return f'<header><h1>{_text(title)}</h1><p class="quiet">{_text(provenance(summary))}</p>{headlines}</header>'
 
 
 def _results(summary: dict) -> str:
     rows, previous = [], None
-    for kind, *cells in _table(summary):
+    for kind, *cells in score_rows(summary):
         first = "" if kind == previous else _text(kind)
         rows.append(
             f'<tr{" class=first" if first else ""}><th scope="row">{first}</th><td class="left">{_text(cells[0])}</td>'
@@ -274,19 +76,19 @@ def _training(metrics: Metrics) -> str:
         return '<section><h2>Training</h2><p class="quiet">No iteration of RL was logged.</p></section>'
     return (
         "<section><h2>Training</h2>"
-        + _picture(_curves, metrics, "Accuracy and response length over the iterations")
-        + _picture(_details, metrics, "Other metrics over the iterations")
+        + _picture(curves.overview, metrics, "Accuracy and response length over the iterations")
+        + _picture(curves.details, metrics, "Other metrics over the iterations")
         + "</section>"
     )
 
 
 def _picture(draw, metrics: Metrics, caption: str) -> str:
-    light, dark = (draw(metrics, colors) for colors in (_LIGHT, _DARK))
+    light, dark = (draw(metrics, colors) for colors in (curves.LIGHT, curves.DARK))
     if light is None:
         return ""
     return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data_uri(_png(dark))}">'
-        f'<img class="curves" src="{_data_uri(_png(light))}" alt="{_text(caption)}"></picture>'
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data_uri(curves.png(dark))}">'
+        f'<img class="curves" src="{_data_uri(curves.png(light))}" alt="{_text(caption)}"></picture>'
     )
 
 

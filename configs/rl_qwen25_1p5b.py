@@ -1,0 +1,45 @@
+"""RL at the shape of Qwen2.5-1.5B on a TPU slice: a plan that compiles and fits, not yet a result.
+
+    python scripts/train.py --config=configs/rl_qwen25_1p5b.py --dry_run --topology=v5e:16x16
+    python scripts/train.py --config=configs/rl_qwen25_1p5b.py --dry_run --topology=v5p:4x4x4
+"""
+
+from kimi_jax.trainers.config import default_config
+
+
+def get_config():
+    config = default_config()
+    with config.unlocked():
+        config.model.size = "qwen2.5-1.5b"  # bfloat16 compute, float32 masters
+
+        # 16 ways for the training copy and its optimizer; 2 is what the two key/value heads divide into.
+        config.mesh.data = -1
+        config.mesh.fsdp = 16
+        config.mesh.tensor = 2
+
+        config.tokenizer.vocab_size = 151_936  # the size's own; a tokenizer trained on the task text stays below it
+        config.data.text_tasks = ("chain",)
+        config.data.image_tasks = ()
+
+        config.rows.tokens = 8_192
+        config.rows.patches = 0
+        config.rows.logits_chunk = 512
+
+        config.sampling.rows = 2_048
+        config.sampling.prompt_tokens = 1_024
+        config.sampling.prompt_patches = 0
+        config.sampling.max_tokens = 7_168
+        config.sampling.chunk = 64
+
+        config.sft.rows = 128
+        config.sft.micro_rows = 128
+        config.sft.optimizer.peak = 1e-5
+        config.sft.optimizer.end = 1e-6
+
+        config.rl.problems = 256
+        config.rl.responses = 8
+        config.rl.updates = 4
+        config.rl.micro_rows = 128
+        config.rl.optimizer.peak = 1e-6
+        config.rl.optimizer.end = 1e-6
+    return config.lock()

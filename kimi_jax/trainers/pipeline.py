@@ -1,0 +1,174 @@
+"""The main job: tokenizer -> SFT -> evaluation -> RL -> evaluation -> table, curves, report. Every part can be resumed.
+
+What a workdir holds:
+
+    config.json         the resolved config; a run is resumed only with the same one
+    tokenizer.model     SentencePiece, trained on the task text
+    checkpoints/sft/    checkpoints/rl/
+    sft_metrics.jsonl   metrics.jsonl (one object per RL iteration)
+    summary.json        curves.png        report.html
+"""
+
+import functools
+import json
+import os
+import pathlib
+import time
+
+import jax
+import ml_collections
+
+from kimi_jax import evals, report
+from kimi_jax.sampling.logits import SamplingSettings
+from kimi_jax.tasks import get_task
+from kimi_jax.trainers import config as config_lib
+from kimi_jax.trainers import rl, supervised
+from kimi_jax.trainers.interrupt import StopRequest
+from kimi_jax.trainers.setup import EVALUATION, REPORT, Setup, build
+from kimi_jax.training.metrics import MetricsWriter
+from kimi_jax.types import RolloutGroup
+
+_MAY_CHANGE = ("rl.iterations",)  # on resume; anything else would make another run of it
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
+    """Runs or resumes the job and returns the summary. Raises ValueError before anything expensive if it cannot work."""
+    started = time.time()
+    config_lib.check_config(config)
+    prepare_workdir(config, workdir)
+    clock = _Clock(workdir / "seconds.json", started)
+    setup = build(config, workdir)
+    check_prompts(setup)
+    print(f"{len(setup.train)} train and {len(setup.heldout)} held-out problems, {setup.tokenizer.vocab_size} tokens, {device_name()}")
+
+    with StopRequest() as stop, clock:
+        params = supervised.train(setup, stop)
+        sft = _stored(workdir / "eval_sft.json", functools.partial(full_evaluation, setup, params))
+        sft_groups = report_groups(setup, params)
+        params = rl.train(setup, params, stop)
+        summary = {
+            "seconds": round(clock.seconds(), 1),
+            "device": device_name(),
+            "seed": config.seed,
+            "sft": sft,
+            "rl": full_evaluation(setup, params),
+        }
+    metrics = MetricsWriter(workdir / "metrics.jsonl").read()
+    report.write_curves(metrics, workdir / "curves.png")
+    report.write_report(
+        workdir / "report.html",
+        title="kimi_jax: learning by online policy mirror descent",
+        summary=summary,
+        metrics=metrics,
+        groups={"SFT": sft_groups, "RL": report_groups(setup, params)},
+        config_text=str(config),
+    )
+    write_json(workdir / "summary.json", summary)
+    print(report.results_table(summary))
+    return summary
+
+
+def prepare_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Creates it, or checks that it holds a run of the same config. Raises ValueError or PermissionError."""
+    path = workdir / "config.json"
+    resolved = json.loads(config.to_json_best_effort())
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            differences = _differences(json.loads(path.read_text()), resolved)
+            if differences:
+                raise ValueError(
+                    f"{workdir} holds a run of another config:\n  "
+                    + "\n  ".join(f"{name}: there {a!r}, now {b!r}" for name, (a, b) in differences.items())
+                    + "\nUse the same settings to resume it, or another --workdir."
+                )
+        write_json(path, resolved)
+    except OSError as error:
+        raise PermissionError(f"Cannot write to the workdir {workdir}: {error}. Choose another --workdir.") from error
+
+
+def check_prompts(setup: Setup) -> None:
+    """Refuses problems whose prompts do not fit the sampling bucket, before the first update."""
+    for problems in (setup.train, setup.heldout):
+        prompts = setup.prompts(problems)
+        for index in range(len(problems)):  # every one: a single long prompt would stop the run hours later
+            setup.engine.check(prompts[index], f"problem {problems[index].id!r}")
+
+
+def full_evaluation(setup: Setup, params: dict) -> dict:
+    """All held-out problems, sampled and greedy, per kind."""
+    return evals.evaluate(
+        setup.engine,
+        setup.to_rollout(params, None),
+        setup.heldout,
+        list(setup.prompts(setup.heldout)),
+        kinds=[get_task(problem.task).kind for problem in setup.heldout],
+        end_ids=[setup.tokenizer.end_id],
+        key=setup.key(EVALUATION),
+    )
+
+
+def report_groups(setup: Setup, params: dict) -> list[RolloutGroup]:
+    """Responses to the same few held-out problems, for a person to read."""
+    count = setup.config.eval.report_groups * len({get_task(problem.task).kind for problem in setup.heldout})
+    problems = setup.heldout[:count]
+    return evals.sample_groups(
+        setup.engine,
+        setup.to_rollout(params, None),
+        problems,
+        list(setup.prompts(problems)),
+        k=setup.config.rl.responses,
+        settings=SamplingSettings.of(temperature=setup.config.rl.temperature, end_ids=[setup.tokenizer.end_id]),
+        key=setup.key(REPORT),
+    )
+
+
+def device_name() -> str:
+    """For example "8 x TPU v5 lite" or "cpu (2 cores)"."""
+    devices = jax.devices()
+    name = devices[0].device_kind
+    if devices[0].platform == "cpu":
+        name += f" ({os.cpu_count()} cores)"
+    return name if len(devices) == 1 else f"{len(devices)} x {name}"
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """Atomically: a reader sees the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _stored(path: pathlib.Path, compute) -> dict:
+    """The result of an earlier attempt, if there is one."""
+    if not path.exists():
+        write_json(path, compute())
+    return json.loads(path.read_text())
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple]:
+    found = {}
+    for name in sorted({*old, *new}):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= _differences(a, b, f"{prefix}{name}.")
+        elif a != b and prefix + name not in _MAY_CHANGE:
+            found[prefix + name] = (a, b)
+    return found
+
+
+class _Clock:
+    """Seconds that the job took, over all attempts."""
+
+    def __init__(self, path: pathlib.Path, started: float):
+        self.path, self.started = path, started
+        self.before = json.loads(path.read_text()) if path.exists() else 0.0
+
+    def seconds(self) -> float:
+        return self.before + time.time() - self.started
+
+    def __enter__(self) -> "_Clock":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        write_json(self.path, self.seconds())

@@ -1,0 +1,117 @@
+"""The one command: a config in, a trained model with its curves and report out.
+
+    python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart [--config.rl.tau=0.1]
+    python scripts/train.py --config=configs/quickstart.py --dry_run
+    python scripts/train.py --config=configs/rl_qwen25_7b.py --dry_run --topology=v5e:16x16
+
+The same command again resumes. Exit status: 0 finished, or stopped by Ctrl-C and saved; 2 what was given cannot work,
+with the reason in one line on stderr; 1 anything else, with its traceback.
+"""
+
+import difflib
+import os
+import pathlib
+import re
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+# Everything that imports JAX is imported after the flags are parsed, so that a typing error is reported at once.
+from kimi_jax.trainers.config import check_config, default_config
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(); --config.FIELD=VALUE overrides.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run. A run that is there resumes.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config, batch arithmetic and memory plan, and stop.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "With --dry_run: also compile for this TPU slice, such as v5e:16x16.")
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from even if it is one in what was given.")
+
+
+def run(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise ValueError(f"Unexpected argument {argv[1]!r}. Flags begin with --, and values follow = without a space.")
+    if CONFIG.value is None:
+        raise ValueError("--config=configs/NAME.py is missing. " + _configs())
+    if TOPOLOGY.value and not DRY_RUN.value:
+        raise ValueError("--topology compiles without running: it needs --dry_run as well.")
+    if not DRY_RUN.value and not WORKDIR.value:
+        raise ValueError("--workdir=DIR is missing: where shall checkpoints and the report go? (Or give --dry_run.)")
+    config = CONFIG.value
+    check_config(config)
+
+    if TOPOLOGY.value:
+        # Nothing is computed, so whatever devices are here can be left alone. The TPU compiler need not ask the network
+        # which TPU it runs on; any answer will do, as the topology is named.
+        os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+        os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+    if DRY_RUN.value:
+        from kimi_jax.trainers import plan
+
+        print(plan.describe(config, plan.topology_devices(TOPOLOGY.value) if TOPOLOGY.value else None), flush=True)
+        if TOPOLOGY.value:
+            print(f"\n{plan.compile_for_topology(config, TOPOLOGY.value)}", flush=True)
+        return
+
+    from kimi_jax.trainers import pipeline
+    from kimi_jax.trainers.interrupt import Interrupted
+
+    try:
+        pipeline.run(config, pathlib.Path(WORKDIR.value))
+    except Interrupted as stopped:
+        print(f"{stopped}. The same command resumes.")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags, the config file and its overrides. Raises ValueError, FileNotFoundError in our own words."""
+    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+    if path is not None and not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"--config={path}: there is no such file. " + _configs())
+    known = dict(_fields(default_config()))
+    for argument in argv[1:]:
+        name = re.match(r"--?config\.([^=]+)", argument)
+        if name and name[1] not in known:
+            near = difflib.get_close_matches(name[1], known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"Unknown override --config.{name[1]}. Did you mean --config.{near}?")
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise ValueError(str(error)) from error
+
+
+def _fields(config, prefix=""):
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            yield from _fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _configs():
+    names = sorted(str(path) for path in pathlib.Path("configs").glob("*.py"))
+    return "Configs here: " + (", ".join(names) or "none; run this from the root of the repository") + "."
+
+
+def _ours(error: Exception) -> bool:
+    """Is this about what was given, or a bug? Libraries raise ValueError too; theirs keep their traceback."""
+    if isinstance(error, OSError):
+        return True
+    last = error.__traceback__
+    while last.tb_next:
+        last = last.tb_next
+    root = pathlib.Path(__file__).resolve().parent.parent
+    file = pathlib.Path(last.tb_frame.f_code.co_filename).resolve()
+    return file.is_relative_to(root) and "site-packages" not in file.parts
+
+
+def main() -> None:
+    try:
+        app.run(run, flags_parser=parse_flags)
+    except (ValueError, FileNotFoundError, PermissionError, FloatingPointError) as error:
+        if "--traceback" in sys.argv or not _ours(error):
+            raise
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The jitted sampler against sampling without a cache: the whole sequence through the training path, again for every token."""
+
+import jax
+import numpy as np
+import pytest
+
+from kimi_jax.models.policy import Policy
+from kimi_jax.sampling import decode
+from kimi_jax.sampling.logits import SamplingSettings
+from tests.helpers import CONFIG, QUICK_COMPILE, make_engine, pack, random_params, random_prompts, sampling_params, with_response
+
+RUN_KEY = jax.random.key(3)
+ENGINE = make_engine()
+M = ENGINE.max_tokens
+PROMPTS = random_prompts()
+HIDDEN = jax.jit(Policy(CONFIG).hidden, compiler_options=QUICK_COMPILE)
+NEVER = CONFIG.vocab_size  # an id that no token has
+
+
+def settings(*, temperature=0.0, end_ids=(NEVER,), **truncation):
+    return SamplingSettings.of(temperature=temperature, end_ids=list(end_ids), **truncation)
+
+
+@pytest.fixture(scope="module")
+def masters():
+    return random_params(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def params(masters):
+    return sampling_params(masters)
+
+
+def sample(params, s, *, prompts=PROMPTS, serials=range(6), budgets=(M,) * 6, run_key=RUN_KEY, garbage=None):
+    """One row per prompt. Returns the last SamplingState as NumPy arrays."""
+    packed, lengths, prompt_of_row, _, _ = ENGINE.start_arrays(prompts, k=1, first_serial=0, budget=1)
+    if garbage is not None:
+        garbage(packed)
+    arrays = (packed, lengths, prompt_of_row, np.array(serials, np.uint32), np.array(budgets, np.int32))
+    state = decode.start(params, *arrays, run_key, s, **ENGINE.start_statics)
+    while not state.done.all():
+        state = decode.decode_chunk(params, state, run_key, s, policy=ENGINE.policy, steps=ENGINE.chunk)
+    return jax.device_get(state)
+
+
+def sample_without_cache(masters, *, temperature, serials=range(6)):
+    """(tokens, log-probs) [6, M]. Token t of rollout u: argmax of logits + noise of the key (run, u, t)."""
+    tokens, logprobs = np.zeros((6, M), np.int32), np.zeros((6, M))
+    table = np.float64(masters["decoder"]["ends"]["embed"]["embedding"])
+    for t in range(M):
+        examples = [with_response(prompt, tokens[b, :t]) for b, prompt in enumerate(PROMPTS)]
+        rows, _ = pack(examples, [[b] for b in range(6)], row_tokens=ENGINE.prompt_tokens + M, row_patches=ENGINE.prompt_patches)
+        hidden = np.float64(HIDDEN(masters, rows))
+        for b, u in enumerate(serials):
+            logits = hidden[b, len(examples[b].tokens) - 1] @ table.T / (temperature or 1.0)
+            noise = jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(RUN_KEY, u), t), logits.shape)
+            tokens[b, t] = np.argmax(logits + (noise if temperature else 0.0))
+            logprobs[b, t] = logits[tokens[b, t]] - np.log(np.exp(logits).sum())
+    return tokens, logprobs
+
+
+@pytest.fixture(scope="module")
+def greedy(masters):
+    return sample_without_cache(masters, temperature=0.0)
+
+
+@pytest.mark.smoke
+def test_greedy_equals_decoding_without_a_cache(params, greedy):
+    state = sample(params, settings())
+    np.testing.assert_array_equal(state.tokens, greedy[0])
+    np.testing.assert_allclose(state.logprobs, greedy[1], atol=1e-5)
+    assert len(np.unique(greedy[0])) > 11  # not one token over and over
+    assert (state.lengths == M).all() and state.done.all() and not state.ended.any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampling_equals_drawing_without_a_cache_from_the_same_noise(masters, params, temperature):
+    serials = (11, 2, 3, 5, 97, 7)
+    tokens, logprobs = sample_without_cache(masters, temperature=temperature, serials=serials)
+    state = sample(params, settings(temperature=temperature), serials=serials)
+    np.testing.assert_array_equal(state.tokens, tokens)
+    np.testing.assert_allclose(state.logprobs, logprobs, atol=1e-5)
+
+
+def cut(tokens, budget, end_ids):
+    """The first tokens, up to the first end token, which is kept, or to the budget; and whether an end token is the last."""
+    for t, token in enumerate(tokens[:budget]):
+        if token in end_ids:
+            return tokens[: t + 1], True
+    return tokens[:budget], False
+
+
+def test_end_ids_and_budgets_per_row_cut_the_same_responses(params, greedy):
+    end_ids = (greedy[0][0, 4], greedy[0][1, 2], greedy[0][5, 0])
+    natural = np.array([len(cut(tokens, M, end_ids)[0]) for tokens in greedy[0]])
+    assert len(set(natural)) >= 4 and natural.max() == M  # rows that end at several places, and one that does not
+    # An end token may be the very last that the budget allows, or come one too late.
+    for budgets in (np.full(6, M), natural, natural - 1, np.minimum(natural + 1, M), np.array([0, 1, 5, 3, 0, 7])):
+        state = sample(params, settings(end_ids=end_ids), budgets=budgets)
+        assert state.done.all()
+        for b, budget in enumerate(budgets):
+            expected, ended = cut(greedy[0][b], budget, end_ids)
+            n = len(expected)
+            assert (state.lengths[b], bool(state.ended[b])) == (n, ended)
+            np.testing.assert_array_equal(state.tokens[b, :n], expected)
+            np.testing.assert_allclose(state.logprobs[b, :n], greedy[1][b, :n], atol=1e-5)
+            assert not state.tokens[b, n:].any() and not state.logprobs[b, n:].any()
+
+
+def test_padding_of_the_bucket_has_no_influence(params):
+    def scribble(packed):
+        rng = np.random.default_rng(1)
+        padding, no_patch = packed.segments == 0, packed.patch_segments == 0
+        packed.tokens[padding] = rng.integers(0, CONFIG.vocab_size, padding.sum())
+        packed.positions[padding] = 83
+        packed.patches[no_patch] = 1e3
+        packed.patch_positions[no_patch] = 79
+
+    s = settings(temperature=1.0)
+    clean, scribbled = sample(params, s), sample(params, s, garbage=scribble)
+    np.testing.assert_array_equal(scribbled.tokens, clean.tokens)
+    np.testing.assert_allclose(scribbled.logprobs, clean.logprobs, atol=1e-6)
+
+
+def test_truncation_renormalises_the_log_probs_of_the_same_logits(params, greedy):
+    # Greedy tokens do not change under top-k, so neither do the logits; their log-probs can only grow, top-1 to 0.
+    one = sample(params, settings(top_k=1))
+    np.testing.assert_array_equal(one.tokens, greedy[0])
+    np.testing.assert_allclose(one.logprobs, 0.0, atol=1e-6)
+    three = sample(params, settings(top_k=3))
+    np.testing.assert_array_equal(three.tokens, greedy[0])
+    assert (three.logprobs > greedy[1]).all() and (three.logprobs >= np.log(1 / 3) - 1e-6).all()
+
+
+def test_nothing_that_varies_at_run_time_compiles(params):
+    sample(params, settings())
+    compiled = decode.start._cache_size(), decode.decode_chunk._cache_size()
+    for s in (
+        settings(temperature=1.3),
+        settings(temperature=0.7, top_p=0.9),
+        settings(temperature=1.0, top_k=7, end_ids=range(8)),
+    ):
+        sample(params, s)
+    sample(params, settings(), serials=(9, 8, 7, 6, 5, 2**32 - 1), budgets=(1, 2, 3, 4, 5, 6), run_key=jax.random.key(4))
+    sample(params, settings(), prompts=PROMPTS[2:])
+    assert (decode.start._cache_size(), decode.decode_chunk._cache_size()) == compiled

@@ -1,0 +1,215 @@
+"""Eight virtual devices against one: the same gradients, parameters and tokens, and every array where the tables say."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kimi_jax.models.policy import Policy
+from kimi_jax.rl.batch import build_minibatches
+from kimi_jax.sampling import decode
+from kimi_jax.sampling.handover import make_handover, num_bytes
+from kimi_jax.sampling.logits import SamplingSettings
+from kimi_jax.training import optim, sharding
+from tests.helpers import (
+    CONFIG,
+    PACKING,
+    VISION,
+    assert_trees_close,
+    make_engine,
+    random_groups,
+    random_params,
+    random_prompts,
+    random_rewards,
+    rl_stepper,
+    run_updates,
+    sampling_params,
+)
+
+# Heads, widths and vocabulary split in two; the key/value heads, the vision heads (3) and one MLP (29) do not all do.
+SPLIT = dataclasses.replace(CONFIG, width=26, mlp_width=38, vocab_size=62, num_heads=4, tie_embeddings=False)
+
+needs_eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, virtual ones will do")
+
+
+def make_mesh(**changes):
+    return sharding.make_mesh(**dict(data=2, fsdp=2, tensor=2) | changes)
+
+
+def specs(params):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding.spec
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+def minibatch():
+    groups = random_groups(0, (5, 4, 3, 5, 4, 3))
+    shape = dict(rows=4, row_tokens=48, row_patches=48, responses=19, **PACKING)
+    batches = build_minibatches(groups, *random_rewards(1, groups), minibatches=1, **shape)[0]
+    assert len(batches) == 2
+    return batches
+
+
+def run_on(mesh, optimizer, updates):
+    rules = functools.partial(sharding.shardings, mesh, rules=sharding.TRAIN_RULES)
+    stepper = rl_stepper(Policy(SPLIT, mesh=mesh), optimizer=optimizer, rate=1e-3, moments_sharding=rules)
+    params = random_params(SPLIT)
+    params = jax.device_put(params, rules(params))
+    batches = [sharding.put_rows(mesh, batch) for batch in minibatch()]
+    step = jax.device_put(np.int32(0), NamedSharding(mesh, P()))
+    out = run_updates(stepper, params, batches, updates=updates, step=step)
+    # What an update gives back lies as what it was given: nothing compiles a second time.
+    compiled = {name: getattr(stepper, name)._cache_size() for name in ("score", "zeros", "accumulate", "apply")}
+    assert compiled == {"score": 1, "zeros": 1, "accumulate": 1, "apply": 1}
+    return rules, *out
+
+
+@needs_eight
+def test_training_on_eight_devices_equals_training_on_one():
+    _, grads, state, metrics = run_on(make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1]), optim.sgd(), 3)
+    rules, grads_8, state_8, metrics_8 = run_on(make_mesh(), optim.sgd(), 3)
+    assert_trees_close(grads_8, grads, relative=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state_8.params, state.params)
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, random_params(SPLIT)))) > 1e-3
+    assert metrics_8[0]["max_log_ratio"] == 0.0
+    for update, update_8 in zip(metrics, metrics_8, strict=True):
+        for name in update:
+            np.testing.assert_allclose(update_8[name], update[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    # An update leaves the parameters as the table lays them out.
+    expected = rules(state_8.params)
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state_8.params, expected)))
+
+
+@needs_eight
+def test_moments_and_gradients_lie_like_the_parameters():
+    mesh = make_mesh()
+    rules = functools.partial(sharding.shardings, mesh, rules=sharding.TRAIN_RULES)
+    optimizer = optim.adam(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0)
+    stepper = rl_stepper(Policy(SPLIT, mesh=mesh), optimizer=optimizer, rate=1e-3, moments_sharding=rules)
+    params = random_params(SPLIT)
+    params = jax.device_put(params, rules(params))
+    hyper = {"temperature": np.float32(1), "tau": np.float32(1), "is_pi_i": True}
+    grads = stepper.zeros(params, sharding.put_rows(mesh, minibatch()[0]), hyper)["grads"]
+    moments = stepper.init_optimizer(params)[0]
+    assert specs(grads) == specs(moments.mu) == specs(moments.nu) == specs(params)
+    assert moments.count.sharding.spec == P()
+    per_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(grads))
+    assert per_device < 0.35 * num_bytes(grads)  # a quarter, and the small ones that every device has
+
+
+@needs_eight
+def test_sampling_on_eight_devices_gives_the_tokens_of_one():
+    mesh = make_mesh()
+    engine = make_engine(policy=Policy(SPLIT), rows=8, max_tokens=11)
+    masters, prompts = random_params(SPLIT), random_prompts()
+    kwargs = dict(
+        k=2,
+        first_serial=0,
+        run_key=jax.random.key(0),
+        settings=SamplingSettings.of(temperature=0.0, end_ids=[SPLIT.vocab_size]),
+        policy_version=0,
+    )
+    one = engine.generate(sampling_params(masters, SPLIT), prompts, **kwargs)
+    eight = dataclasses.replace(engine, policy=Policy(SPLIT, mesh=mesh), put_rows=functools.partial(sharding.put_rows, mesh))
+    to_rollout = make_handover(eight.policy, mesh, dtype="float32")
+    masters = jax.device_put(masters, sharding.shardings(mesh, masters, sharding.TRAIN_RULES))
+    compiled = decode.start._cache_size(), decode.decode_chunk._cache_size()
+    on_eight = eight.generate(to_rollout(masters, None), prompts, **kwargs)
+    # Chunk after chunk is one program: the state it gives back lies as the state that it was given.
+    assert (decode.start._cache_size(), decode.decode_chunk._cache_size()) == (compiled[0] + 1, compiled[1] + 1)
+    for group, group_8 in zip(one, on_eight, strict=True):
+        for rollout, rollout_8 in zip(group, group_8, strict=True):
+            np.testing.assert_array_equal(rollout_8.tokens, rollout.tokens)
+            np.testing.assert_allclose(rollout_8.logprobs, rollout.logprobs, atol=1e-5)
+
+
+@needs_eight
+@pytest.mark.smoke
+def test_the_hand_over_casts_and_gives_away_the_previous_copy_but_never_the_masters():
+    mesh, policy = make_mesh(), Policy(SPLIT)
+    params = random_params(SPLIT)
+    masters = jax.device_put(params, sharding.shardings(mesh, params, sharding.TRAIN_RULES))
+    to_rollout = make_handover(policy, mesh, dtype="bfloat16")
+    expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), sampling_params(params, SPLIT))
+    previous = None
+    for _ in range(3):
+        rollout = to_rollout(masters, previous)
+        jax.tree.map(np.testing.assert_array_equal, rollout, expected)
+        assert previous is None or all(leaf.is_deleted() for leaf in jax.tree.leaves(previous))
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(masters))
+        previous = rollout
+    jax.tree.map(np.testing.assert_array_equal, masters, params)
+    assert num_bytes(rollout) == 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    # Decode gathers nothing over data and fsdp: what is split at all is split over tensor.
+    assert {axis for spec in specs(rollout).values() for axis in spec} == {None, "tensor"}
+    assert specs(rollout)["decoder/layers/2/attn/q_proj/kernel"] == P(None, "tensor")
+
+
+@needs_eight
+def test_the_tables_split_what_divides_and_replicate_the_rest():
+    config = dataclasses.replace(SPLIT, qkv_bias=True, scalar_head=True)
+    params = jax.eval_shape(Policy(config).init, jax.random.key(0))
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): s.spec
+        for path, s in jax.tree_util.tree_leaves_with_path(sharding.shardings(make_mesh(), params, sharding.TRAIN_RULES))
+    }
+    block = "decoder/runs/0"
+    assert flat["decoder/ends/embed/embedding"] == flat["decoder/ends/head/embedding"] == P("tensor", "fsdp")
+    assert flat[f"{block}/attn/q_proj/kernel"] == P(None, "fsdp", "tensor")  # layers are stacked in front
+    assert flat[f"{block}/attn/q_proj/bias"] == P(None, "tensor")
+    assert flat[f"{block}/attn/o_proj/kernel"] == flat[f"{block}/mlp/down_proj/kernel"] == P(None, "tensor", "fsdp")
+    assert flat[f"{block}/attn/q_norm/scale"] == flat["decoder/ends/norm/scale"] == P()
+    assert flat["decoder/ends/scalar_head/kernel"] == P()
+    assert VISION.mlp_width % 2 and flat["vision/runs/0/mlp/gate_proj/kernel"] == P(None, "fsdp")
+
+
+def test_a_parameter_that_no_rule_matches_is_an_error():
+    tree = {"decoder": {"gate": {"kernel": jnp.zeros((3, 5))}}}
+    with pytest.raises(KeyError, match=r"'decoder/gate/kernel' of shape \(3, 5\).*TRAIN_RULES"):
+        sharding.shardings(make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1]), tree, sharding.TRAIN_RULES)
+
+
+@needs_eight
+@pytest.mark.parametrize("data, fsdp, tensor", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)])
+def test_what_a_program_gives_back_is_laid_out_by_the_same_names(data, fsdp, tensor):
+    """XLA chooses the names of an output's layout. Others than the input's, for the same layout, would compile again."""
+    mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices()[: data * fsdp * tensor])
+    params = random_params(SPLIT)
+    params = jax.device_put(params, sharding.shardings(mesh, params, sharding.TRAIN_RULES))
+    rows = sharding.put_rows(mesh, np.ones((8, 3), np.float32))
+    params_out, rows_out = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree))((params, rows))
+    assert specs(params_out) == specs(params) and rows_out.sharding == rows.sharding
+
+
+@needs_eight
+def test_rows_are_split_where_they_divide():
+    mesh = make_mesh()
+    placed = sharding.put_rows(mesh, {"eight": np.arange(24).reshape(8, 3), "seven": np.arange(7)})
+    assert placed["eight"].sharding.spec == P(("data", "fsdp")) and placed["seven"].sharding.spec == P()
+    assert {shard.data.shape for shard in placed["eight"].addressable_shards} == {(2, 3)}
+    np.testing.assert_array_equal(placed["seven"], np.arange(7))
+
+
+@needs_eight
+def test_one_size_of_the_mesh_may_be_what_is_left():
+    devices = jax.devices()[:8]
+    assert dict(make_mesh(data=-1, devices=devices).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(data=1, fsdp=-1, tensor=1, devices=devices).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+@needs_eight
+@pytest.mark.parametrize(
+    "sizes",
+    [(3, 1, 1), (2, 2, 1), (-1, 3, 1), (-1, -1, 2), (-1, 0, 1), (0, 1, 1), (-2, -2, 2), (-2, -4, 1), (-1, -2, 2), (-1, 16, 1)],
+)
+def test_a_mesh_that_does_not_cover_the_devices_is_refused(sizes):
+    data, fsdp, tensor = sizes
+    with pytest.raises(ValueError, match=f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not cover 8 devices"):
+        sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices()[:8])
