@@ -18,7 +18,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 # Everything that imports JAX is imported after the flags are parsed, so that a typing error is reported at once.
-from kimi_jax.trainers.config import check_config, default_config
+from kimi_jax.trainers.config import check_config, default_config, fields
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(); --config.FIELD=VALUE overrides.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run. A run that is there resumes.")
@@ -39,17 +39,17 @@ def run(argv: list[str]) -> None:
     config = CONFIG.value
     check_config(config)
 
-    if TOPOLOGY.value:
-        # Nothing is computed, so whatever devices are here can be left alone. The TPU compiler need not ask the network
-        # which TPU it runs on; any answer will do, as the topology is named.
-        os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-        os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+    if DRY_RUN.value and TOPOLOGY.value:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, so whatever devices are here can be left alone
+        from kimi_jax.trainers import plan, topology
+
+        print(plan.describe(config, topology.topology_devices(TOPOLOGY.value)), flush=True)
+        print(f"\n{topology.compile_for_topology(config, TOPOLOGY.value)}")
+        return
     if DRY_RUN.value:
         from kimi_jax.trainers import plan
 
-        print(plan.describe(config, plan.topology_devices(TOPOLOGY.value) if TOPOLOGY.value else None), flush=True)
-        if TOPOLOGY.value:
-            print(f"\n{plan.compile_for_topology(config, TOPOLOGY.value)}", flush=True)
+        print(plan.describe(config))
         return
 
     from kimi_jax.trainers import pipeline
@@ -66,7 +66,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
     if path is not None and not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"--config={path}: there is no such file. " + _configs())
-    known = dict(_fields(default_config()))
+    known = dict(fields(default_config()))
     for argument in argv[1:]:
         name = re.match(r"--?config\.([^=]+)", argument)
         if name and name[1] not in known:
@@ -76,14 +76,6 @@ def parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as error:
         raise ValueError(str(error)) from error
-
-
-def _fields(config, prefix=""):
-    for name, value in config.items():
-        if hasattr(value, "items"):
-            yield from _fields(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _configs():
@@ -106,7 +98,7 @@ def _ours(error: Exception) -> bool:
 def main() -> None:
     try:
         app.run(run, flags_parser=parse_flags)
-    except (ValueError, FileNotFoundError, PermissionError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if "--traceback" in sys.argv or not _ours(error):
             raise
         print(f"Error: {error}", file=sys.stderr)

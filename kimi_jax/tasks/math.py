@@ -32,24 +32,24 @@ def draw_chain(rng: np.random.Generator, difficulty: int) -> tuple[str, Problem]
             result = value + operand if sign == "+" else value - operand
         if not 0 <= result <= 49 or (sign == "*" and value == 0):
             continue
-        steps.append(f"{value}{sign}{operand}={result}.")
+        steps.append(f"{value}{sign}{operand}={result};")
         expression += f"{sign}{operand}"
         operands.append(operand)
         value = result
     return expression, Problem(
         id=f"chain:{','.join(map(str, sorted(operands)))}>{value}",
         task="chain",
-        prompt=f"Compute {expression} from left to right.",
+        prompt=f"{expression}=?",
         answer=str(value),
         difficulty=difficulty,
-        solution=f"{' '.join(steps)} {ANSWER_MARKER} {value}",
+        solution=f"{''.join(steps)}{ANSWER_MARKER}{value}",
     )
 
 
 CHAIN = Task(
     name="chain",
     kind="text",
-    difficulties=(1, 2, 3, 4),
+    difficulties=(1, 2, 3),
     draw=lambda rng, difficulty: draw_chain(rng, difficulty)[1],
     verify=verify_exact,
 )

@@ -73,11 +73,11 @@ def _visual_task(
         return Problem(
             id=content.id,
             task=name,
-            prompt=f"{IMAGE_MARKER} {content.question}",
+            prompt=f"{content.question} {IMAGE_MARKER}",
             answer=content.answer,
             difficulty=content.difficulty,
             images=(image,),
-            solution=f"{content.steps} {ANSWER_MARKER} {content.answer}",
+            solution=f"{content.steps}{ANSWER_MARKER}{content.answer}",
         )
 
     return Task(name=name, kind="image", difficulties=difficulties, draw=draw, verify=verify_exact)
@@ -177,7 +177,7 @@ def draw_scene_count(rng: np.random.Generator, difficulty: int) -> Content:
     others = [thing for thing in THINGS if thing not in matching]
     scene = _scatter(rng, _some(rng, matching, answer) + _some(rng, others, difficulty))
     rows = [sum(scene.get((row, column)) in matching for column in range(GRID)) for row in range(GRID)]
-    steps = f"Rows {', '.join(map(str, np.cumsum(rows)))}."  # a running total, so that every step adds one row
+    steps = f"{','.join(map(str, np.cumsum(rows)))};"  # a running total, so that every step adds one row
     return _scene_content("scene_count", scene, f"How many {asked}?", steps, answer, difficulty)
 
 
@@ -199,7 +199,7 @@ def draw_scene_compare(rng: np.random.Generator, difficulty: int) -> Content:
         more, fewer = _plural(more), _plural(fewer)
         question = f"How many more {more} than {fewer}?"
     minuend = subtrahend + answer
-    steps = f"{more} {minuend}, {fewer} {subtrahend}. {minuend}-{subtrahend}={answer}."
+    steps = f"{more} {minuend},{fewer} {subtrahend};{minuend}-{subtrahend}={answer};"
     return _scene_content("scene_compare", scene, question, steps, answer, difficulty)
 
 
@@ -208,7 +208,7 @@ def draw_scene_locate(rng: np.random.Generator, difficulty: int) -> Content:
     target = _choice(rng, THINGS)
     scene = _scatter(rng, [target, *_some(rng, [thing for thing in THINGS if thing != target], difficulty)])
     (row, column), (colour, shape) = next(iter(scene.items()))  # the target was placed first
-    steps = f"Look for {colour}, {shape}."
+    steps = f"{colour} {shape};"
     answer = f"row {row + 1} column {column + 1}"
     return _scene_content("scene_locate", scene, f"Where is the {colour} {shape}?", steps, answer, difficulty)
 
@@ -239,13 +239,13 @@ def draw_bar_chart(rng: np.random.Generator, difficulty: int) -> Content:
     first, second = rng.permutation(colours)[:2].tolist()
     if rng.random() < 0.5:
         answer = heights[first]
-        question, steps = f"How high is the {first} bar?", f"{first} {answer}."
+        question, steps = f"How high is the {first} bar?", f"{first} {answer};"
     else:
         answer = int(rng.integers(2, 2 * MAX_HEIGHT + 1))
         a = int(rng.integers(max(1, answer - MAX_HEIGHT), min(MAX_HEIGHT, answer - 1) + 1))
         b = answer - a
         heights[first], heights[second] = a, b
-        question, steps = f"What is {first} plus {second}?", f"{first} {a}, {second} {b}. {a}+{b}={answer}."
+        question, steps = f"What is {first} plus {second}?", f"{first} {a},{second} {b};{a}+{b}={answer};"
     return Content(
         id=f"bar_chart:{' '.join(f'{colour} {height}' for colour, height in heights.items())} {question}",
         question=question,
@@ -315,7 +315,7 @@ def draw_text_image(rng: np.random.Generator, difficulty: int) -> Content:
     return Content(
         id=problem.id,
         question="Compute it.",
-        steps=problem.solution.removesuffix(f" {ANSWER_MARKER} {problem.answer}"),
+        steps=problem.solution.removesuffix(f"{ANSWER_MARKER}{problem.answer}"),
         answer=problem.answer,
         difficulty=difficulty,
         render=functools.partial(render_text, expression),

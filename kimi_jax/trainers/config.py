@@ -5,6 +5,7 @@ The tree is locked: a misspelt key is refused with the nearest valid one. Only `
 
 import difflib
 from collections.abc import Iterator
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
@@ -101,10 +102,22 @@ def default_config() -> ml_collections.ConfigDict:
     return config.lock()
 
 
+_SIZES = (
+    "sft.rows",
+    "rl.problems",
+    "rl.micro_rows",
+    "rows.tokens",
+    "sampling.rows",
+    "sampling.prompt_tokens",
+    "sampling.max_tokens",
+    "sampling.chunk",
+)
+
+
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Refuses what could only fail later. Raises ValueError that names the fields and the remedy."""
-    known = set(_paths(default_config()))
-    for path in _paths(config):
+    known = dict(fields(default_config()))
+    for path, _ in fields(config):
         if path not in known:
             near = difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"Unknown config key {path!r}. Did you mean {near!r}?")
@@ -114,6 +127,9 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         if a < 1 or b % a:
             raise ValueError(f"config.{large}={b} must be a multiple of config.{small}={a}. Change one of the two.")
 
+    for path in _SIZES:
+        if _get(config, path) < 1:
+            raise ValueError(f"config.{path}={_get(config, path)} must be at least 1.")
     divides("sft.micro_rows", "sft.rows")
     divides("rl.responses", "sampling.rows")
     divides("rl.updates", "rl.problems")
@@ -146,12 +162,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def _paths(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[str]:
+def fields(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting as (path, value), spelled as on the command line: ("rl.tau", 0.05)."""
     for name, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
-            yield from _paths(value, f"{prefix}{name}.")
+            yield from fields(value, f"{prefix}{name}.")
         else:
-            yield prefix + name
+            yield prefix + name, value
 
 
 def _get(config, path):

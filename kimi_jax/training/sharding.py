@@ -89,8 +89,8 @@ def put_rows(mesh: Mesh, tree: Any) -> Any:
 def _split(mesh: Mesh, shape: tuple[int, ...], names) -> NamedSharding:
     """Dimension i split over the axes names[i]; those that do not divide it, or have size 1, are left out.
 
-    Each layout is written in one way, that of XLA: what a program gives back then lies as what it was given, by name too,
-    and no program is compiled twice for the same layout.
+    Each layout is written in one way, that of XLA: what a program gives back then lies as what it was given, by name
+    too, and no program is compiled twice for the same layout.
     """
     spec: list = []
     for size, name in zip(shape, names, strict=False):

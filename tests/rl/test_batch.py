@@ -10,7 +10,6 @@ from kimi_jax.models.policy import Policy
 from kimi_jax.rl.batch import build_minibatches
 from kimi_jax.sampling.logits import SamplingSettings
 from kimi_jax.training import optim
-from kimi_jax.training.step import Stepper
 from kimi_jax.types import Problem, RolloutGroup
 from tests.helpers import (
     CONFIG,
@@ -20,6 +19,7 @@ from tests.helpers import (
     random_params,
     random_prompts,
     random_rewards,
+    rl_stepper,
     sampling_params,
 )
 
@@ -126,15 +126,7 @@ def test_a_response_that_no_row_can_hold_is_refused():
 @pytest.fixture(scope="module")
 def score():
     """The log-probs of the trainer."""
-    stepper = Stepper(
-        policy=Policy(CONFIG),
-        loss_fn=lambda logprobs, batch, hyper: (0.0, {}),
-        optimizer=optim.sgd(),
-        schedule=lambda step: 0.0,
-        clip_norm=1.0,
-        logits_chunk=16,
-    )
-    return stepper.score
+    return rl_stepper(Policy(CONFIG), optimizer=optim.sgd(), rate=0.0).score
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
@@ -142,9 +134,8 @@ def test_trainer_and_sampler_agree_on_the_log_probs_of_what_was_sampled(score, t
     masters = random_params(CONFIG)
     engine, prompts = make_engine(), random_prompts()
     settings = SamplingSettings.of(temperature=temperature, end_ids=[7, 41])
-    rollouts = engine.generate(
-        sampling_params(masters), prompts, k=2, first_serial=0, run_key=jax.random.key(5), settings=settings, policy_version=0
-    )
+    draws = dict(k=2, first_serial=0, run_key=jax.random.key(5), policy_version=0)
+    rollouts = engine.generate(sampling_params(masters), prompts, settings=settings, **draws)
     problem = Problem(id="p", task="none", prompt="", answer="")
     groups = [RolloutGroup(problem, prompt, group) for prompt, group in zip(prompts, rollouts, strict=True)]
     rewards, advantages = random_rewards(0, groups)

@@ -1,4 +1,4 @@
-"""The jitted sampler against sampling without a cache: the whole sequence through the training path, again for every token."""
+"""The sampler against sampling without a cache: all of the sequence through the training path, for every token."""
 
 import jax
 import numpy as np
@@ -7,7 +7,16 @@ import pytest
 from kimi_jax.models.policy import Policy
 from kimi_jax.sampling import decode
 from kimi_jax.sampling.logits import SamplingSettings
-from tests.helpers import CONFIG, QUICK_COMPILE, make_engine, pack, random_params, random_prompts, sampling_params, with_response
+from tests.helpers import (
+    CONFIG,
+    QUICK_COMPILE,
+    make_engine,
+    pack,
+    random_params,
+    random_prompts,
+    sampling_params,
+    with_response,
+)
 
 RUN_KEY = jax.random.key(3)
 ENGINE = make_engine()
@@ -49,7 +58,8 @@ def sample_without_cache(masters, *, temperature, serials=range(6)):
     table = np.float64(masters["decoder"]["ends"]["embed"]["embedding"])
     for t in range(M):
         examples = [with_response(prompt, tokens[b, :t]) for b, prompt in enumerate(PROMPTS)]
-        rows, _ = pack(examples, [[b] for b in range(6)], row_tokens=ENGINE.prompt_tokens + M, row_patches=ENGINE.prompt_patches)
+        plan = [[b] for b in range(6)]
+        rows, _ = pack(examples, plan, row_tokens=ENGINE.prompt_tokens + M, row_patches=ENGINE.prompt_patches)
         hidden = np.float64(HIDDEN(masters, rows))
         for b, u in enumerate(serials):
             logits = hidden[b, len(examples[b].tokens) - 1] @ table.T / (temperature or 1.0)
@@ -83,7 +93,7 @@ def test_sampling_equals_drawing_without_a_cache_from_the_same_noise(masters, pa
 
 
 def cut(tokens, budget, end_ids):
-    """The first tokens, up to the first end token, which is kept, or to the budget; and whether an end token is the last."""
+    """The tokens to the first end token, which is kept, or to the budget; and whether an end token is the last."""
     for t, token in enumerate(tokens[:budget]):
         if token in end_ids:
             return tokens[: t + 1], True
@@ -141,6 +151,7 @@ def test_nothing_that_varies_at_run_time_compiles(params):
         settings(temperature=1.0, top_k=7, end_ids=range(8)),
     ):
         sample(params, s)
-    sample(params, settings(), serials=(9, 8, 7, 6, 5, 2**32 - 1), budgets=(1, 2, 3, 4, 5, 6), run_key=jax.random.key(4))
+    sample(params, settings(), serials=(9, 8, 7, 6, 5, 2**32 - 1), budgets=(1, 2, 3, 4, 5, 6))
+    sample(params, settings(), run_key=jax.random.key(4))
     sample(params, settings(), prompts=PROMPTS[2:])
     assert (decode.start._cache_size(), decode.decode_chunk._cache_size()) == compiled

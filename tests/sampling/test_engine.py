@@ -8,7 +8,7 @@ from kimi_jax.types import StopReason
 from tests.helpers import CONFIG, make_engine, random_params, random_prompt, random_prompts, sampling_params
 
 ENGINE = make_engine()  # 6 rows
-OTHER = make_engine(rows=4, prompt_tokens=23, prompt_patches=36, max_tokens=17, chunk=3)  # the same tokens in other shapes
+OTHER = make_engine(rows=4, prompt_tokens=23, prompt_patches=36, max_tokens=17, chunk=3)  # other shapes
 PROMPTS = random_prompts()
 RUN_KEY = jax.random.key(3)
 NEVER = CONFIG.vocab_size
@@ -19,11 +19,10 @@ def params():
     return sampling_params(random_params(CONFIG))
 
 
-def generate(params, prompts=PROMPTS, *, engine=ENGINE, k=2, first_serial=0, run_key=RUN_KEY, temperature=1.0, **changes):
-    settings = SamplingSettings.of(temperature=temperature, end_ids=changes.pop("end_ids", [NEVER]))
-    return engine.generate(
-        params, prompts, k=k, first_serial=first_serial, run_key=run_key, settings=settings, policy_version=7, **changes
-    )
+def generate(params, prompts=PROMPTS, *, engine=ENGINE, temperature=1.0, end_ids=(NEVER,), **changes):
+    settings = SamplingSettings.of(temperature=temperature, end_ids=end_ids)
+    draws = dict(k=2, first_serial=0, run_key=RUN_KEY, policy_version=7) | changes
+    return engine.generate(params, prompts, settings=settings, **draws)
 
 
 def assert_same(rollout, other):
@@ -68,7 +67,8 @@ def test_end_tokens_are_stored_and_budgets_kept(params):
     free = generate(params)
     end_ids = [int(free[0][0].tokens[4]), int(free[1][1].tokens[2])]
     for budget in (13, 5, 1):
-        for rollout, whole in zip(sum(generate(params, end_ids=end_ids, budget=budget), ()), sum(free, ()), strict=True):
+        stopped = generate(params, end_ids=end_ids, budget=budget)
+        for rollout, whole in zip(sum(stopped, ()), sum(free, ()), strict=True):
             ends = np.flatnonzero(np.isin(whole.tokens, end_ids)) + 1
             n = min([*ends[:1], budget])
             assert len(rollout) == len(rollout.logprobs) == n

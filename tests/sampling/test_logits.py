@@ -8,7 +8,7 @@ from kimi_jax.sampling.logits import MAX_END_IDS, SamplingSettings, _truncated, 
 
 V, DRAWS = 13, 8_009
 RUN_KEY = jax.random.key(17)
-# Every token has a probability of a per cent or more, and there are ties at several places, the first and the last included.
+# Every token has a probability of a per cent or more, and there are ties at several places, first and last included.
 LOGITS = np.array([1.1, -0.3, 0.4, 1.1, -0.7, 0.4, 0.9, -0.3, 0.0, 0.4, -0.7, 0.2, -0.1], np.float32)
 
 draw = jax.jit(choose)
@@ -90,7 +90,6 @@ def test_temperature_zero_takes_the_most_likely_token_with_the_log_prob_of_tempe
         assert logprobs[row] == pytest.approx(np.log(p[tokens[row]]), abs=1e-6)
 
 
-@pytest.mark.smoke
 def test_randomness_belongs_to_the_rollout_and_the_place_in_it():
     serials, index = (a.ravel() for a in np.meshgrid(np.arange(31), np.arange(37)))
     serials, index = serials.astype(np.uint32) + np.uint32(2**32 - 17), index.astype(np.int32)  # wraps: also large ones

@@ -43,7 +43,6 @@ def tree(rng):
     return {f"{name}s": {name: rng.normal(size=shape).astype(np.float32)} for name, shape in shapes.items()}
 
 
-@pytest.mark.smoke
 def test_adam_matches_float64_numpy_and_decays_matrices_only():
     rng = np.random.default_rng(0)
     b1, b2, eps, decay, rate = 0.8, 0.95, 1e-3, 0.11, 0.07

@@ -1,4 +1,4 @@
-"""Eight virtual devices against one: the same gradients, parameters and tokens, and every array where the tables say."""
+"""Eight virtual devices against one: the same gradients, parameters and tokens, and arrays where the tables say."""
 
 import dataclasses
 import functools
@@ -33,7 +33,9 @@ from tests.helpers import (
 )
 
 # Heads, widths and vocabulary split in two; the key/value heads, the vision heads (3) and one MLP (29) do not all do.
-SPLIT = dataclasses.replace(CONFIG, width=26, mlp_width=38, vocab_size=62, num_heads=4, tie_embeddings=False)
+SPLIT = dataclasses.replace(
+    CONFIG, num_layers=2, width=26, mlp_width=38, vocab_size=62, num_heads=4, tie_embeddings=False
+)
 
 needs_eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices, virtual ones will do")
 
@@ -77,14 +79,14 @@ def test_training_on_eight_devices_equals_training_on_one():
     rules, grads_8, state_8, metrics_8 = run_on(make_mesh(), optim.sgd(), 3)
     assert_trees_close(grads_8, grads, relative=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state_8.params, state.params)
-    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, random_params(SPLIT)))) > 1e-3
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, random_params(SPLIT))
+    assert max(jax.tree.leaves(moved)) > 1e-3
     assert metrics_8[0]["max_log_ratio"] == 0.0
     for update, update_8 in zip(metrics, metrics_8, strict=True):
         for name in update:
             np.testing.assert_allclose(update_8[name], update[name], rtol=1e-3, atol=1e-5, err_msg=name)
     # An update leaves the parameters as the table lays them out.
-    expected = rules(state_8.params)
-    assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state_8.params, expected)))
+    assert jax.tree.map(lambda x: x.sharding, state_8.params) == rules(state_8.params)
 
 
 @needs_eight
@@ -117,7 +119,8 @@ def test_sampling_on_eight_devices_gives_the_tokens_of_one():
         policy_version=0,
     )
     one = engine.generate(sampling_params(masters, SPLIT), prompts, **kwargs)
-    eight = dataclasses.replace(engine, policy=Policy(SPLIT, mesh=mesh), put_rows=functools.partial(sharding.put_rows, mesh))
+    put_rows = functools.partial(sharding.put_rows, mesh)
+    eight = dataclasses.replace(engine, policy=Policy(SPLIT, mesh=mesh), put_rows=put_rows)
     to_rollout = make_handover(eight.policy, mesh, dtype="float32")
     masters = jax.device_put(masters, sharding.shardings(mesh, masters, sharding.TRAIN_RULES))
     compiled = decode.start._cache_size(), decode.decode_chunk._cache_size()
@@ -131,7 +134,6 @@ def test_sampling_on_eight_devices_gives_the_tokens_of_one():
 
 
 @needs_eight
-@pytest.mark.smoke
 def test_the_hand_over_casts_and_gives_away_the_previous_copy_but_never_the_masters():
     mesh, policy = make_mesh(), Policy(SPLIT)
     params = random_params(SPLIT)
@@ -140,26 +142,24 @@ def test_the_hand_over_casts_and_gives_away_the_previous_copy_but_never_the_mast
     expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), sampling_params(params, SPLIT))
     previous = None
     for _ in range(3):
-        rollout = to_rollout(masters, previous)
-        jax.tree.map(np.testing.assert_array_equal, rollout, expected)
+        rollout = to_rollout(masters, previous)  # not looked at here: what the host has a view of is not given away
         assert previous is None or all(leaf.is_deleted() for leaf in jax.tree.leaves(previous))
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(masters))
         previous = rollout
+    jax.tree.map(np.testing.assert_array_equal, rollout, expected)
     jax.tree.map(np.testing.assert_array_equal, masters, params)
     assert num_bytes(rollout) == 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     # Decode gathers nothing over data and fsdp: what is split at all is split over tensor.
     assert {axis for spec in specs(rollout).values() for axis in spec} == {None, "tensor"}
-    assert specs(rollout)["decoder/layers/2/attn/q_proj/kernel"] == P(None, "tensor")
+    assert specs(rollout)["decoder/layers/1/attn/q_proj/kernel"] == P(None, "tensor")
 
 
 @needs_eight
 def test_the_tables_split_what_divides_and_replicate_the_rest():
     config = dataclasses.replace(SPLIT, qkv_bias=True, scalar_head=True)
     params = jax.eval_shape(Policy(config).init, jax.random.key(0))
-    flat = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): s.spec
-        for path, s in jax.tree_util.tree_leaves_with_path(sharding.shardings(make_mesh(), params, sharding.TRAIN_RULES))
-    }
+    laid_out = jax.tree_util.tree_leaves_with_path(sharding.shardings(make_mesh(), params, sharding.TRAIN_RULES))
+    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): s.spec for path, s in laid_out}
     block = "decoder/runs/0"
     assert flat["decoder/ends/embed/embedding"] == flat["decoder/ends/head/embedding"] == P("tensor", "fsdp")
     assert flat[f"{block}/attn/q_proj/kernel"] == P(None, "fsdp", "tensor")  # layers are stacked in front
@@ -179,7 +179,7 @@ def test_a_parameter_that_no_rule_matches_is_an_error():
 @needs_eight
 @pytest.mark.parametrize("data, fsdp, tensor", [(1, 1, 1), (8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)])
 def test_what_a_program_gives_back_is_laid_out_by_the_same_names(data, fsdp, tensor):
-    """XLA chooses the names of an output's layout. Others than the input's, for the same layout, would compile again."""
+    """XLA chooses the names of an output's layout. Other names than the input's would compile the next call again."""
     mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices()[: data * fsdp * tensor])
     params = random_params(SPLIT)
     params = jax.device_put(params, sharding.shardings(mesh, params, sharding.TRAIN_RULES))
@@ -207,7 +207,7 @@ def test_one_size_of_the_mesh_may_be_what_is_left():
 @needs_eight
 @pytest.mark.parametrize(
     "sizes",
-    [(3, 1, 1), (2, 2, 1), (-1, 3, 1), (-1, -1, 2), (-1, 0, 1), (0, 1, 1), (-2, -2, 2), (-2, -4, 1), (-1, -2, 2), (-1, 16, 1)],
+    [(3, 1, 1), (2, 2, 1), (-1, 3, 1), (-1, 16, 1), (-1, -1, 2), (-1, 0, 1), (0, 1, 1), (-2, -2, 2), (-1, -2, 2)],
 )
 def test_a_mesh_that_does_not_cover_the_devices_is_refused(sizes):
     data, fsdp, tensor = sizes

@@ -1,4 +1,4 @@
-"""Updates: the same however the tokens are cut into micro-batches, exact where exactness is promised, and never poisoned."""
+"""Updates: the same for any cut into micro-batches, exact where exactness is promised, and never poisoned."""
 
 import dataclasses
 import functools
@@ -13,27 +13,39 @@ from kimi_jax.rl.batch import build_minibatches
 from kimi_jax.training import optim
 from kimi_jax.training.step import NonFiniteError, Stepper, check_finite
 from kimi_jax.types import TrainState
-from tests.helpers import CONFIG, PACKING, assert_trees_close, random_groups, random_params, random_rewards, rl_stepper, run_updates
+from tests.helpers import (
+    CONFIG,
+    PACKING,
+    assert_trees_close,
+    random_groups,
+    random_params,
+    random_rewards,
+    rl_stepper,
+    run_updates,
+)
 
+TEXT = dataclasses.replace(CONFIG, vision=None)  # test_sharding trains on images too
 SHAPE = dict(row_tokens=48, row_patches=48, **PACKING)
 
 
 def minibatch(rows, responses):
     """Eight rows of tokens, in micro-batches of `rows` rows."""
     groups = random_groups(0, (5, 4, 3, 5, 4, 3))
-    batches = build_minibatches(groups, *random_rewards(1, groups), minibatches=1, rows=rows, responses=responses, **SHAPE)[0]
+    batches = build_minibatches(
+        groups, *random_rewards(1, groups), minibatches=1, rows=rows, responses=responses, **SHAPE
+    )[0]
     assert len(batches) == 8 // rows
     return batches
 
 
 @pytest.fixture(scope="module")
 def params():
-    return random_params(CONFIG)
+    return random_params(TEXT)
 
 
 @pytest.fixture(scope="module")
 def stepper():
-    return rl_stepper(Policy(CONFIG), optimizer=optim.sgd(), rate=1e-3)
+    return rl_stepper(Policy(TEXT), optimizer=optim.sgd(), rate=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +76,7 @@ def test_the_log_ratio_of_the_first_update_is_exactly_zero_and_then_is_not(eight
 
 
 def test_gradients_are_those_of_the_loss(stepper, params, eight_by_one):
-    """The loss of the whole mini-batch, reference scored by the same program: a central difference along the gradient."""
+    """A central difference of the loss of the whole mini-batch along the gradient."""
     grads, _, metrics = eight_by_one
     batches = minibatch(1, 7)
     temperature = np.float32(0.7)
@@ -110,7 +122,7 @@ def test_a_finite_update_raises_nothing(eight_by_one):
 
 
 def toy_stepper(optimizer, *, clip_norm=1e6, schedule=lambda step: jnp.float32(0.1)):
-    policy, loss_fn = Policy(CONFIG), lambda logprobs, batch, hyper: (0.0, {})
+    policy, loss_fn = Policy(TEXT), lambda logprobs, batch, hyper: (0.0, {})
     return Stepper(
         policy=policy, loss_fn=loss_fn, optimizer=optimizer, schedule=schedule, clip_norm=clip_norm, logits_chunk=1
     )
@@ -118,7 +130,10 @@ def toy_stepper(optimizer, *, clip_norm=1e6, schedule=lambda step: jnp.float32(0
 
 def toy(seed=0):
     rng = np.random.default_rng(seed)
-    return {"a": {"kernel": rng.normal(size=(5, 3)).astype(np.float32)}, "b": {"scale": rng.normal(size=7).astype(np.float32)}}
+    return {
+        "a": {"kernel": rng.normal(size=(5, 3)).astype(np.float32)},
+        "b": {"scale": rng.normal(size=7).astype(np.float32)},
+    }
 
 
 def fresh(optimizer, params):

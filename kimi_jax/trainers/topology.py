@@ -1,0 +1,280 @@
+"""Whether a TPU slice can hold a run, asked of its compiler before anyone rents it.
+
+The very programs that a run consists of, from the hand-over to the optimizer, are compiled ahead of time by the
+compiler of real TPUs, which needs no TPU, and what they take on each chip is read off.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+import re
+import sys
+import time
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.experimental import topologies
+
+from kimi_jax.rl.batch import build_minibatches
+from kimi_jax.sampling import decode
+from kimi_jax.sampling.engine import Engine
+from kimi_jax.sampling.handover import make_handover
+from kimi_jax.sampling.logits import SamplingSettings
+from kimi_jax.trainers import rl, setup
+from kimi_jax.trainers.plan import GIB, Weights, bytes_per_device, rl_rows, with_shardings
+from kimi_jax.training import sharding
+from kimi_jax.types import Problem, Prompt, RLBatch, Rollout, RolloutGroup, StopReason, TrainState
+
+# What the TPU compiler says is available per chip, in GiB, by the device kind that JAX reports.
+HBM = {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}
+# The compiler need not ask the network which TPU it runs on: any answer will do, as the topology is named. Nor does it
+# take hold of a TPU, so several processes may use it.
+_LIBTPU_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+_COLLECTIVE = re.compile(r"[\s)](all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the compiler says of one program, in bytes per chip.
+
+    flops, moved and collectives count the bodies of loops (over layers, chunks of logits, decode steps) once.
+    """
+
+    name: str
+    seconds: float  # to compile
+    error: str = ""  # why it did not compile; the rest is then empty
+    arguments: int = 0
+    outputs: int = 0
+    aliased: int = 0  # outputs in the memory of arguments
+    temporaries: int = 0
+    flops: float = 0.0
+    moved: float = 0.0  # bytes to and from memory, as the compiler estimates them
+    collectives: dict[str, int] = dataclasses.field(default_factory=dict)
+    output_shardings: Any = None
+    resident: int = 0  # what else is in memory while it runs
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+    @property
+    def peak(self) -> int:
+        return self.total + self.resident
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    heading: str
+    hbm: float  # GiB per chip that a program may use
+    programs: tuple[Program, ...]
+
+    @property
+    def fits(self) -> bool:
+        return all(not p.error and p.peak <= self.hbm * GIB for p in self.programs)
+
+    def __str__(self) -> str:
+        sizes = ("arguments", "outputs", "aliased", "temporaries", "total", "resident", "peak")
+        lines = [self.heading, "", f"{'GiB per chip':14}" + "".join(f"{name:>13}" for name in sizes) + "   compile s"]
+        for p in self.programs:
+            if p.error:
+                lines.append(f"{p.name:14} {p.error}")
+                continue
+            numbers = "".join(f"{getattr(p, size) / GIB:13.3f}" for size in sizes)
+            lines.append(f"{p.name:14}{numbers}{p.seconds:12.1f}")
+        lines += ["", f"{'per chip':14}{'FLOPs':>13}{'bytes':>13}   collectives (bodies of loops counted once)"]
+        for p in self.programs:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(p.collectives.items())) or "none"
+            if not p.error:
+                lines.append(f"{p.name:14}{p.flops:13.3g}{p.moved:13.3g}   {kinds}")
+        lines += ["", "resident: what else is in memory meanwhile: masters, rollout copy, moments, micro-batches."]
+        peak = max(self.programs, key=lambda p: p.peak)
+        if self.fits:
+            lines.append(f"It fits: at most {peak.peak / GIB:.2f} of {self.hbm} GiB per chip, in {peak.name}.")
+        else:
+            lines += ["It does NOT fit:"]
+            for p in self.programs:
+                if p.error:
+                    lines.append(f"  {p.name}: {p.error}")
+                elif p.peak > self.hbm * GIB:
+                    over = p.peak / GIB - self.hbm
+                    lines.append(f"  {p.name}: {p.peak / GIB:.2f} GiB per chip, {over:.2f} more than there are")
+            lines.append(
+                "Lower rl.micro_rows, rows.tokens or rows.logits_chunk (update), sampling.rows or sampling.max_tokens "
+                "(rollout), raise mesh.fsdp or mesh.tensor, or take a larger slice."
+            )
+        return "\n".join(lines)
+
+
+def compile_for_topology(config: ml_collections.ConfigDict, topology: str) -> Report:
+    """Compiles the programs of an RL iteration for a TPU slice, ahead of time: from the hand-over to the optimizer.
+
+    topology: a name such as v5e:16x16. Raises ValueError where `topology_devices` does, or when the mesh does not fit.
+    """
+    devices = topology_devices(topology)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    policy = setup.make_policy(config, mesh, setup.model_config(config, config.tokenizer.vocab_size))
+    weights = Weights.of(config, policy, mesh)
+    kind = devices[0].device_kind
+    if kind not in HBM:
+        raise ValueError(f"How much memory has a {kind}? Add it to HBM in {__name__}; known are {', '.join(HBM)}.")
+    sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    heading = (
+        f"# Compiled for {topology}: {len(devices)} × {kind}, {HBM[kind]} GiB each; mesh {sizes}; "
+        f"attention {policy.implementation}"
+    )
+    programs = (*_rollout_programs(config, policy, mesh, weights), *_update_programs(config, policy, mesh, weights))
+    return Report(heading, HBM[kind], programs)
+
+
+def topology_devices(topology: str) -> list:
+    """The devices of a TPU slice that need not exist. Raises ValueError for an unknown name, or without libtpu."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(f"Compiling for {topology} takes libtpu, though no TPU: pip install -e '.[tpu]'")
+    os.environ.update(_LIBTPU_ENVIRONMENT)
+    options: dict[str, Any] = {}
+    if topology.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # one device per chip
+    if re.fullmatch(r"\w+:1(x1)*", topology):
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
+    except Exception as error:  # whatever the plugin raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"The TPU compiler refuses the topology {topology!r} ({reason}). Names are a generation and the number of "
+            "chips along each side, such as v5e:2x4, v5e:16x16, v6e:8x8, v4:2x2x4, v5p:4x4x4."
+        ) from error
+
+
+def _rollout_programs(config, policy, mesh, weights):
+    waiting = weights.masters + (0 if config.rl.reset_optimizer else weights.moments)
+    dtype = config.model.sampling_dtype or policy.config.dtype
+    handover = make_handover(policy, mesh, dtype=dtype)
+    yield _compile("hand-over", handover, weights.params, weights.rollout_params, resident=waiting - weights.masters)
+
+    engine = Engine(
+        policy=policy,
+        image_id=-1,
+        decode_text=str,
+        put_rows=lambda tree: with_shardings(tree, sharding.row_shardings(mesh, tree)),
+        **config.sampling,
+    )
+    arrays = engine.start_arrays([_PROMPT], k=config.rl.responses, first_serial=0, budget=1)
+    rest = (jax.eval_shape(lambda: jax.random.key(0)), SamplingSettings.of(temperature=1.0, end_ids=[0]))
+    start_args = (weights.rollout_params, *arrays, *rest)
+    start = _compile("prefill", decode.start, *start_args, resident=waiting, **engine.start_statics)
+    yield start
+    if start.error:
+        return
+    state = jax.eval_shape(functools.partial(decode.start, **engine.start_statics), *start_args)
+    state = with_shardings(state, start.output_shardings)
+    yield _compile(
+        "decode chunk",
+        decode.decode_chunk,
+        weights.rollout_params,
+        state,
+        *rest,
+        policy=policy,
+        steps=config.sampling.chunk,
+        resident=waiting,
+    )
+
+
+def _update_programs(config, policy, mesh, weights):
+    loss_fn = functools.partial(rl.loss_fn, form=config.rl.form)
+    stepper = setup.make_stepper(config, policy, mesh, loss_fn, config.rl.optimizer, total_steps=1)
+    batch = _micro_batch(config, policy)
+    batch = with_shardings(batch, sharding.row_shardings(mesh, batch))
+    hyper = {"temperature": np.float32(1), "tau": np.float32(1), "is_pi_i": True}
+    acc = jax.eval_shape(stepper.zeros, weights.params, batch, hyper)
+    acc = with_shardings(acc, sharding.shardings(mesh, acc, sharding.TRAIN_RULES))
+    step = jax.ShapeDtypeStruct((), np.int32)
+    state = TrainState(weights.params, weights.opt_state, step)
+
+    waiting = weights.rollout + config.rl.updates * rl_rows(config, 1.0)[1] * bytes_per_device(batch)
+    scored = waiting + (0 if config.rl.reset_optimizer else weights.moments)
+    temperature = hyper["temperature"]
+    yield _compile("score", stepper.score, weights.params, batch.rows, temperature, resident=scored)
+    yield _compile(
+        "gradient", stepper.accumulate, acc, weights.params, batch, hyper, resident=waiting + weights.moments
+    )
+    yield _compile("optimizer", stepper.apply, state, acc, resident=waiting)
+
+
+_PROMPT = Prompt(np.zeros(1, np.int32))
+
+
+def _micro_batch(config, policy) -> RLBatch:
+    """Any micro-batch: all have the same shapes."""
+    rollout = Rollout(0, np.zeros(1, np.int32), np.zeros(1, np.float32), StopReason.END, 0)
+    group = RolloutGroup(Problem("", "", "", ""), _PROMPT, (rollout, rollout))
+    [[batch]] = build_minibatches(
+        [group],
+        [np.zeros(2)],
+        [np.zeros(2)],
+        minibatches=1,
+        rows=config.rl.micro_rows,
+        responses=config.rl.micro_rows * config.rl.responses,
+        **setup.packing(config, policy.config, image_id=-1),
+    )
+    return batch
+
+
+def _compile(name: str, function, *args, resident: int, **statics) -> Program:
+    print(f"compiling {name} ...", file=sys.stderr, flush=True)
+    begin = time.perf_counter()
+    try:
+        with _not_cached():
+            compiled = function.lower(*args, **statics).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return Program(name, time.perf_counter() - begin, error=_explain(str(error)), resident=resident)
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    return Program(
+        name=name,
+        seconds=time.perf_counter() - begin,
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        flops=cost.get("flops", 0.0),
+        moved=cost.get("bytes accessed", 0.0),
+        collectives=dict(collections.Counter(_COLLECTIVE.findall(compiled.as_text()))),
+        output_shardings=compiled.output_shardings,
+        resident=resident,
+    )
+
+
+def _explain(message: str) -> str:
+    """The compiler's reason in one line."""
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", message)
+    if not found:
+        return f"does not compile: {message.splitlines()[0]}"
+    in_gib = lambda size, unit: float(size) * 1024 ** ("KMGT".index(unit) - 2)  # noqa: E731
+    needed, available = in_gib(*found.group(1, 2)), in_gib(*found.group(3, 4))
+    return (
+        f"needs {needed:,.2f} GiB per chip, {needed - available:,.2f} more than the {available:.2f} that there are, "
+        "for its temporaries alone"
+    )
+
+
+@contextlib.contextmanager
+def _not_cached():
+    """Keeps programs for other machines out of JAX's persistent cache, from which it could not load them here."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)

@@ -1,0 +1,67 @@
+"""Real compilations for TPU slices, by the compiler of TPUs and without a TPU."""
+
+import importlib.util
+import re
+
+import pytest
+
+from kimi_jax.trainers import plan, topology
+from tests.trainers.helpers import text_config
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install -e '.[tpu]'"
+)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v5e:3x5", "v99:2x4", "a slice"])
+def test_unknown_topology_teaches(name):
+    with pytest.raises(ValueError, match=f"{name}.*such as v5e:2x4"):
+        topology.topology_devices(name)
+
+
+def test_without_compiler_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"\.\[tpu\]"):
+        topology.topology_devices("v5e:2x4")
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_compiles_for_a_slice_and_fits():
+    config = text_config(**{"mesh.data": 2})
+    report = topology.compile_for_topology(config, "v5e:2x4")
+    programs = {program.name: program for program in report.programs}
+    assert not [program.error for program in report.programs if program.error]
+    assert "attention splash" in report.heading
+    assert report.fits and "It fits" in str(report)
+
+    policy = plan.Policy(plan.setup.model_config(config, 384))
+    weights = plan.Weights.of(config, policy, plan.mesh_of_sizes(config, 8))
+    gradient, chunk, optimizer = programs["gradient"], programs["decode chunk"], programs["optimizer"]
+    # Parameters and the sum of their gradients come in, and the sum goes out in the memory that it came in.
+    assert gradient.arguments >= 2 * weights.masters
+    assert gradient.aliased >= weights.masters
+    assert optimizer.arguments >= 4 * weights.masters
+    # The cache of 64 rows per chip, 112 slots, one of two key/value heads each, 4 layers, is updated in place.
+    cache = 2 * 4 * 64 * 112 * 32 * 4
+    assert chunk.arguments >= cache + weights.rollout and chunk.aliased >= cache
+    assert gradient.collectives["all-gather"] and gradient.collectives["all-reduce"]
+    assert chunk.collectives["all-reduce"]  # of the two tensor halves of each layer
+    assert gradient.flops > 0 and gradient.temporaries > 0
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_fit_says_by_how_much():
+    config = text_config(**{"mesh.data": 2, "sampling.max_tokens": 80, "sampling.rows": 2**20, "rl.responses": 2**10})
+    devices = topology.topology_devices("v5e:2x4")
+    mesh = plan.sharding.make_mesh(**config.mesh, devices=devices)
+    policy = plan.setup.make_policy(config, mesh, plan.setup.model_config(config, 384))
+    programs = tuple(topology._rollout_programs(config, policy, mesh, plan.Weights.of(config, policy, mesh)))
+    report = topology.Report("", topology.HBM[devices[0].device_kind], programs)
+    assert not report.fits
+    prefill = programs[-1]
+    assert prefill.name == "prefill"  # nothing that reads its result was tried
+    assert re.search(r"needs [\d.,]+ GiB per chip, [\d.,]+ more than the 15.75", prefill.error)
+    assert "does NOT fit" in str(report) and "sampling.rows" in str(report)
