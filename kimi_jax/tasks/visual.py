@@ -256,6 +256,38 @@ def draw_bar_chart(rng: np.random.Generator, difficulty: int) -> Content:
     )
 
 
+# --- pips: tiles like those of dominoes, to be counted and added up ---------------------------------------------------
+
+MAX_PIPS = 9  # of a tile: 3 × 3 places
+
+
+def render_pips(tiles: tuple[int, ...], style: Style, rng: np.random.Generator) -> np.ndarray:
+    """Tiles from left to right, each with its number of pips at random places, as uint8 [cell, tiles · cell, 3]."""
+    image = _canvas(1, len(tiles), style, rng)
+    unit = style.cell // 8
+    for column, pips in enumerate(tiles):
+        for place in rng.permutation(MAX_PIPS)[:pips]:
+            shift = rng.integers(0, unit, 2) if style.jitter else np.zeros(2, int)
+            top, left = np.array(divmod(int(place), 3)) * 3 * unit + shift
+            _paint(image, np.ones((2 * unit - int(shift.max()), 2 * unit - int(shift.max())), bool), top, column * style.cell + left, "black")
+    return image
+
+
+def draw_pips(rng: np.random.Generator, difficulty: int) -> Content:
+    """The sum of the pips of `difficulty` + 1 tiles, added up from left to right."""
+    tiles = tuple(int(n) for n in rng.integers(1, MAX_PIPS + 1, difficulty + 1))
+    sums = np.cumsum(tiles)
+    steps = "".join(f"{a}+{n}={b};" for a, n, b in zip(sums[:-1], tiles[1:], sums[1:], strict=True))
+    return Content(
+        id=f"pips:{','.join(map(str, tiles))}",
+        question="How many pips?",
+        steps=steps,
+        answer=str(sums[-1]),
+        difficulty=difficulty,
+        render=functools.partial(render_pips, tiles),
+    )
+
+
 # --- text as an image -----------------------------------------------------------------------------------------------
 
 LINE = 8  # characters, then the text wraps
@@ -314,7 +346,7 @@ def draw_text_image(rng: np.random.Generator, difficulty: int) -> Content:
     expression, problem = draw_chain(rng, difficulty)
     return Content(
         id=problem.id,
-        question="Compute it.",
+        question="Compute",
         steps=problem.solution.removesuffix(f"{ANSWER_MARKER}{problem.answer}"),
         answer=problem.answer,
         difficulty=difficulty,
@@ -330,6 +362,7 @@ VISUAL_TASKS = tuple(
         ("scene_compare", (1, 2, 4), draw_scene_compare),
         ("scene_locate", (3, 6, 9), draw_scene_locate),
         ("bar_chart", (3, 4, 5), draw_bar_chart),
+        ("pips", (1, 2, 3), draw_pips),
         ("text_image", CHAIN.difficulties, draw_text_image),
     )
 )
