@@ -1,7 +1,7 @@
 """Asks a trained model one question, and prints the answer while it is being written.
 
-    python scripts/sample.py --workdir=runs/quickstart --prompt='Compute (3 + 4) * 5.'
-    python scripts/sample.py --workdir=runs/quickstart --prompt='How many circles are in <image>?' --image=circles.png
+    python scripts/sample.py --workdir=runs/quickstart --prompt='12+5-3=?'
+    python scripts/sample.py --workdir=runs/quickstart --prompt='How many pips? <image>' --image=tiles.png
     python scripts/sample.py --workdir=runs/quickstart --stage=sft --temperature=0 --json < question.txt
 
 The answer goes to stdout, everything else to stderr. Exit status: 0 answered; 2 something in what was given is wrong,

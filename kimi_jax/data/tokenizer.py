@@ -103,7 +103,9 @@ class Tokenizer:
             )
         except RuntimeError as error:
             raise ValueError(f"cannot train vocab_size={vocab_size} tokens on {len(texts)} texts: {error}") from error
-        Path(path).write_bytes(model.getvalue())
+        temporary = Path(f"{path}.tmp")  # a run that is killed here shall not find half a file when it resumes
+        temporary.write_bytes(model.getvalue())
+        temporary.replace(path)
         return cls.from_bytes(model.getvalue())
 
     @classmethod

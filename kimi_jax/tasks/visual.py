@@ -268,8 +268,9 @@ def render_pips(tiles: tuple[int, ...], style: Style, rng: np.random.Generator) 
     for column, pips in enumerate(tiles):
         for place in rng.permutation(MAX_PIPS)[:pips]:
             shift = rng.integers(0, unit, 2) if style.jitter else np.zeros(2, int)
+            side = 2 * unit - int(shift.max())
             top, left = np.array(divmod(int(place), 3)) * 3 * unit + shift
-            _paint(image, np.ones((2 * unit - int(shift.max()), 2 * unit - int(shift.max())), bool), top, column * style.cell + left, "black")
+            _paint(image, np.ones((side, side), bool), top, column * style.cell + left, "black")
     return image
 
 

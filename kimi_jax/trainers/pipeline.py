@@ -32,14 +32,15 @@ _MAY_CHANGE = ("rl.iterations",)  # on resume; anything else would make another 
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
-    """Runs or resumes the job and returns the summary. Raises ValueError before anything expensive if it cannot work."""
+    """Runs or resumes the job and returns the summary. Raises ValueError, before anything expensive, if it cannot."""
     started = time.time()
     config_lib.check_config(config)
     prepare_workdir(config, workdir)
     clock = _Clock(workdir / "seconds.json", started)
     setup = build(config, workdir)
     check_prompts(setup)
-    print(f"{len(setup.train)} train and {len(setup.heldout)} held-out problems, {setup.tokenizer.vocab_size} tokens, {device_name()}")
+    problems = f"{len(setup.train)} train and {len(setup.heldout)} held-out problems"
+    print(f"{problems}, {setup.tokenizer.vocab_size} tokens, {device_name()}")
 
     with StopRequest() as stop, clock:
         params = supervised.train(setup, stop)
@@ -76,12 +77,14 @@ def prepare_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
             differences = _differences(json.loads(path.read_text()), resolved)
-            if differences:
+            if differences and (workdir / "checkpoints").exists():
                 raise ValueError(
                     f"{workdir} holds a run of another config:\n  "
                     + "\n  ".join(f"{name}: there {a!r}, now {b!r}" for name, (a, b) in differences.items())
                     + "\nUse the same settings to resume it, or another --workdir."
                 )
+            if differences:  # nothing is trained yet but the tokenizer, and that on what may be other problems now
+                (workdir / "tokenizer.model").unlink(missing_ok=True)
         write_json(path, resolved)
     except OSError as error:
         raise PermissionError(f"Cannot write to the workdir {workdir}: {error}. Choose another --workdir.") from error

@@ -59,7 +59,6 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
         prior_visits=config.prior_visits,
         floor=config.priority_floor,
     )
-    rng_permute = np.random.default_rng((setup.config.seed, 1))
 
     # --- state: from SFT, or from the last checkpoint
     state = setup.new_state(params, None if config.reset_optimizer else stepper.init_optimizer(params))
@@ -115,7 +114,8 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
                 ]
                 advantages = [_advantages(r, kind=config.baseline, tau=config.tau) for r in rewards]
                 if config.permute_advantages:
-                    advantages = [_permuted(a, rng_permute) for a in advantages]
+                    rng = np.random.default_rng((setup.config.seed, iteration, 1))  # 1: not the stream of the draws
+                    advantages = [_permuted(a, rng) for a in advantages]
 
             # --- update
             with watch("update"):
@@ -137,17 +137,18 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
             metrics["handover_bytes"] = num_bytes(rollout_params)
             done = iteration + 1
             last = done == config.iterations
+            stopping = stop.requested  # looked at once: a request that comes later waits for the next iteration
             if config.eval_every and (done % config.eval_every == 0 or last):
                 metrics |= _evaluate(setup, state.params)
             writer.write(done, {"iteration": done} | metrics)
             bar.set_postfix(accuracy=f"{metrics['accuracy']:.2f}", tokens=f"{metrics['response_length']:.0f}")
             bar.update(1)
-            if done % config.checkpoint_every == 0 or last or stop.requested:
+            if done % config.checkpoint_every == 0 or last or stopping:
                 arrays = {"state": state, "prompts": prompt_sampler.state()}
                 checkpoints.save(
-                    done, arrays, {"serial": serial}, {"accuracy": metrics["accuracy"]}, wait=last or stop.requested
+                    done, arrays, {"serial": serial}, {"accuracy": metrics["accuracy"]}, wait=last or stopping
                 )
-            if stop.requested and not last:
+            if stopping and not last:
                 raise Interrupted(f"RL stopped and saved at iteration {done} of {config.iterations}")
         bar.close()
     return state.params

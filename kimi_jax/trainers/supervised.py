@@ -47,15 +47,16 @@ def train(setup: Setup, stop: StopRequest) -> dict:
         params = setup.init_params()
         state = setup.new_state(params, stepper.init_optimizer(params))
         if start is not None:
-            _, state, _ = checkpoints.restore(state)
+            _, state, meta = checkpoints.restore(state)
         if start == config.steps:
             return state.params
+        # Metrics since the last evaluation. They stay on the device: reading them would wait for the update.
+        waiting = meta["waiting"] if start else []
         start = start or 0
         writer.cut_back(start)
 
         # --- updates
         watch = Stopwatch()
-        waiting = []  # metrics stay on the device until the next evaluation: reading them would wait for the update
         bar = progress(desc="SFT", total=config.steps, initial=start)
         data = prefetched(batches, start, num_threads=1)
         for step in range(start + 1, config.steps + 1):
@@ -73,14 +74,18 @@ def train(setup: Setup, stop: StopRequest) -> dict:
             bar.update(1)
 
             last = step == config.steps
-            if step % config.eval_every == 0 or last or stop.requested:
+            stopping = stop.requested  # looked at once: a request that comes later waits for the next step
+            evaluate = step % config.eval_every == 0 or last
+            save = step % config.checkpoint_every == 0 or last or stopping
+            if evaluate or save:
                 with watch("update"):
-                    waiting = jax.device_get(waiting)
+                    waiting = [{name: float(x) for name, x in metrics.items()} for metrics in jax.device_get(waiting)]
                 for metrics in waiting:
                     check_finite(metrics, f"SFT, update {step} or shortly before")
+            if evaluate:
                 summary = _summary(waiting)
                 bar.set_postfix(loss=f"{summary['loss']:.3f}")
-                if config.eval_problems and not stop.requested:
+                if config.eval_problems:
                     with watch("evaluation"):
                         summary |= _evaluate(setup, state.params)
                 seconds = watch.pop()
@@ -88,9 +93,9 @@ def train(setup: Setup, stop: StopRequest) -> dict:
                 summary["tokens_per_second"] = sum(m["tokens"] for m in waiting) / seconds["update"]
                 writer.write(step, summary)
                 waiting = []
-            if step % config.checkpoint_every == 0 or last or stop.requested:
-                checkpoints.save(step, state, meta={}, wait=last or stop.requested)
-            if stop.requested and not last:
+            if save:
+                checkpoints.save(step, state, meta={"waiting": waiting}, wait=last or stopping)
+            if stopping and not last:
                 raise Interrupted(f"SFT stopped and saved at step {step} of {config.steps}")
         bar.close()
     return state.params

@@ -46,17 +46,18 @@ def reachable(numbers: list[Fraction]) -> set[Fraction]:
 
 def test_chain_answers_and_steps():
     for problem in make_problems(TASKS["chain"], split="train", count=401, seed=5):
-        expression = re.fullmatch(r"Compute ([-+*\d]+) from left to right\.", problem.prompt)[1]
+        expression = re.fullmatch(r"(\d+(?:[-+*]\d)+)=\?", problem.prompt)[1]
         values = left_to_right(expression)
         assert str(values[-1]) == problem.answer
-        assert len(values) - 1 == problem.difficulty
+        assert len(values) - 1 == problem.difficulty in (1, 2, 3)
         assert all(0 <= v <= 49 for v in values)
+        assert set(re.findall(r"\*(\d)", expression)) <= set("23") and "0" not in re.findall(r"\D(\d)", expression)
         steps = EQUATION.findall(problem.solution)
         assert [int(s[0]) for s in steps] == values[:-1] and [int(s[3]) for s in steps] == values[1:]
         assert "".join([str(values[0])] + [s[1] + s[2] for s in steps]) == expression
+        assert problem.solution == "".join(f"{a}{s}{b}={c};" for a, s, b, c in steps) + f"Answer:{problem.answer}"
         operands = sorted(map(int, re.findall(r"\d+", expression)))
         assert problem.id == f"chain:{','.join(map(str, operands))}>{problem.answer}"
-        assert len(problem.solution) <= 60
 
 
 def test_chain_mixes_operations_and_sizes():
@@ -67,7 +68,7 @@ def test_chain_mixes_operations_and_sizes():
     digits = Counter(len(n) for n in re.findall(r"\d+", text))
     assert set(digits) == {1, 2} and min(digits.values()) / sum(digits.values()) > 0.1
     assert {p.split("*")[1][0] for p in re.findall(r"\*\d", text)} == set("23")
-    assert max(Counter(p.answer for p in problems).values()) / len(problems) < 0.05
+    assert max(Counter(p.answer for p in problems).values()) / len(problems) < 0.07
 
 
 # --- countdown ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,38 @@
+"""The notebooks run from top to bottom, at a tiny size."""
+
+import os
+import pathlib
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = {"01_quickstart": "SFT_STEPS, RL_ITERATIONS, PROBLEMS = 3, 2, 30"}  # in place of the cell tagged "parameters"
+
+
+def test_every_notebook_is_run():
+    assert sorted(TINY) == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_notebook_runs(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", ""))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    assert parameters.source.split(" = ")[0] == TINY[name].split(" = ")[0]
+    parameters.source = TINY[name]
+    NotebookClient(notebook, kernel_name="python3", timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    text = "\n".join(output.get("text", "") for output in outputs)
+    assert "sampled accuracy" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_notebook_is_stored_without_outputs(name):
+    """So that a diff shows what was changed."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")

@@ -1,0 +1,193 @@
+"""What cannot work is refused in one clear message, before it costs anything, and damages nothing that is saved."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from kimi_jax.models import config as models
+from kimi_jax.trainers import pipeline, rl, setup, supervised
+from kimi_jax.training.checkpoint import Checkpointer
+from kimi_jax.training.metrics import MetricsWriter
+from kimi_jax.training.step import NonFiniteError
+from tests.trainers import miniature
+
+
+@pytest.fixture(autouse=True)
+def size(monkeypatch):
+    monkeypatch.setitem(models.NAMED_SIZES, "miniature", miniature.SIZE)
+
+
+@pytest.fixture
+def nothing_expensive(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(supervised, "train", refuse)
+
+
+@pytest.fixture
+def not_even_built(monkeypatch, nothing_expensive):
+    def refuse(*args, **kwargs):
+        raise AssertionError("problems were drawn")
+
+    monkeypatch.setattr(pipeline, "build", refuse)
+
+
+def config_with(**changes):
+    """Names with two underscores where a dot belongs: rl__tau."""
+    config = miniature.get_config()
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return config
+
+
+def contents(directory: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# --- the config -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"sft__rows": 13}, r"sft\.rows=13 must be a multiple of config\.sft\.micro_rows=8"),
+        ({"rl__responses": 5}, r"sampling\.rows=16 must be a multiple of config\.rl\.responses=5"),
+        ({"rl__updates": 5}, r"rl\.problems=6 must be a multiple of config\.rl\.updates=5"),
+        ({"rows__logits_chunk": 7}, r"rows\.tokens=64 must be a multiple of config\.rows\.logits_chunk=7"),
+        ({"rows__logits_chunk": 0}, r"rows\.logits_chunk=0"),
+        ({"rl__responses": 1}, r"rl\.responses=1: a group needs at least 2"),
+        ({"sampling__chunk": 0}, r"sampling\.chunk=0 must be at least 1"),
+        ({"sampling__max_tokens": 61}, r"rows\.tokens=64.* = 92"),
+        ({"sampling__prompt_patches": 99}, r"rows\.patches=64.*sampling\.prompt_patches = 99"),
+        ({"data__image_tasks": ("pips", "text_image")}, r"multiples of the number of image tasks, 2"),
+        ({"sft__examples_per_kind": 31}, r"sft\.examples_per_kind=31 exceeds config\.data\.train_per_kind=29"),
+        ({"rl__tau": 0.0}, r"rl\.tau=0\.0"),
+    ],
+)
+def test_arithmetic_that_does_not_work_out(changes, told, tmp_path, not_even_built):
+    with pytest.raises(ValueError, match=told):
+        pipeline.run(config_with(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_key(tmp_path, not_even_built):
+    config = miniature.get_config()
+    with pytest.raises((AttributeError, KeyError), match="tau"):  # the tree is locked
+        config.rl.taus = 0.1
+    with config.unlocked():
+        config.rl.taus = 0.1
+    with pytest.raises(ValueError, match=r"'rl\.taus'.*Did you mean 'rl\.tau'"):
+        pipeline.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"data__image_tasks": ("pipps",)}, "did you mean 'pips'"),
+        ({"sampling__prompt_tokens": 5}, r"problem '(chain|pips):.* the limit is sampling\.prompt_tokens=5\. Raise"),
+        ({"sampling__prompt_patches": 8}, r"problem 'pips:.* the limit is sampling\.prompt_patches=8\. Raise"),
+        ({"tokenizer__vocab_size": 9}, "vocab_size=9 is too small"),
+        ({"mesh__fsdp": 17}, "does not cover"),
+        ({"model__size": "huge"}, "Choose one of"),
+        ({"model__attention": "fast"}, "'auto' or one of"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_or_the_machine(changes, told, tmp_path, nothing_expensive):
+    with pytest.raises(ValueError, match=told):
+        pipeline.run(config_with(**changes), tmp_path / "run")
+    # The way out that the message shows is open: the same workdir, before anything was trained.
+    pipeline.prepare_workdir(miniature.get_config(), tmp_path / "run")
+
+
+# --- the workdir ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_workdir_that_cannot_be_written_to(below, tmp_path, not_even_built):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(PermissionError, match=r"Cannot write to the workdir .*file.*Choose another --workdir"):
+        pipeline.run(miniature.get_config(), file / below)
+    assert file.read_text() == "mine"
+
+
+def test_a_workdir_of_another_config(tmp_path, not_even_built):
+    pipeline.prepare_workdir(miniature.get_config(), tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    before = contents(tmp_path)
+    told = r"another config:\n  rl\.tau: there 0\.\d+, now 0\.7\nUse the same settings .* another --workdir"
+    with pytest.raises(ValueError, match=told):
+        pipeline.run(config_with(rl__tau=0.7), tmp_path)
+    assert contents(tmp_path) == before
+    pipeline.prepare_workdir(config_with(rl__iterations=99), tmp_path)  # a longer run of the same is allowed
+
+
+def test_before_training_another_config_gets_its_own_tokenizer(tmp_path):
+    pipeline.prepare_workdir(miniature.get_config(), tmp_path)
+    (tmp_path / "tokenizer.model").write_text("of other problems")
+    pipeline.prepare_workdir(miniature.get_config(), tmp_path)
+    assert (tmp_path / "tokenizer.model").exists()
+    pipeline.prepare_workdir(config_with(seed=7), tmp_path)
+    assert not (tmp_path / "tokenizer.model").exists()
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 7
+
+
+def test_a_checkpoint_of_another_shape(tmp_path, monkeypatch):
+    config = miniature.get_config()
+    pipeline.prepare_workdir(config, tmp_path)
+    here = setup.build(config, tmp_path)
+    params = here.init_params()
+    state = here.new_state(params, here.stepper(supervised.loss_fn, config.sft.optimizer, 12).init_optimizer(params))
+    with Checkpointer(tmp_path / "checkpoints/sft", keep_last=1, keep_best=0, best_metric=None) as checkpoints:
+        checkpoints.save(4, state, {"waiting": []}, wait=True)
+    before = contents(tmp_path / "checkpoints")
+    monkeypatch.setattr(miniature, "SIZE", models.dataclasses.replace(miniature.SIZE, mlp_width=44))
+    with pytest.raises(ValueError, match=r"Step 4 of .*\n.*checkpoint float32\[1,\d*40.*, expected float32\[1,\d*44"):
+        pipeline.run(miniature.get_config(), tmp_path)
+    assert contents(tmp_path / "checkpoints") == before
+
+
+# --- numbers that are none ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_is_good(tmp_path, monkeypatch):
+    run = lambda iterations: pipeline.run(config_with(rl__iterations=iterations, rl__checkpoint_every=1), tmp_path)  # noqa: E731
+    run(2)
+    before = rl_checkpoint(tmp_path)
+
+    real = rl.surrogate_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "surrogate_loss", lambda *args, **kwargs: (real(*args, **kwargs)[0] * np.nan, {}))
+        with pytest.raises(NonFiniteError, match=r"RL iteration 3: not finite: loss=nan.*last checkpoint is intact"):
+            run(3)
+    step, arrays = rl_checkpoint(tmp_path)
+    assert step == before[0] == 2
+    jax.tree.map(np.testing.assert_array_equal, arrays, before[1])
+    assert [row["step"] for row in MetricsWriter(tmp_path / "metrics.jsonl").read()] == [1, 2]
+
+    run(3)  # the cause removed, it goes on
+    step, arrays = rl_checkpoint(tmp_path)
+    assert step == 3 and all(np.isfinite(x).all() for x in jax.tree.leaves(arrays))
+
+
+def rl_checkpoint(workdir):
+    config = miniature.get_config()
+    here = setup.build(config, workdir)
+    like = {"state": {"params": setup.params_like(here.policy, here.mesh)}}
+    with Checkpointer.reader(workdir / "checkpoints/rl") as checkpoints:
+        step, arrays, _ = checkpoints.restore(like, partial=True)
+    return step, jax.device_get(arrays)
+
+
+@pytest.mark.slow
+def test_a_learning_rate_that_is_absurd_stops_sft(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"SFT, update \d+ or shortly before: not finite: .*Lower the learning"):
+        pipeline.run(config_with(sft__optimizer__peak=1e30), tmp_path)
+    assert not (tmp_path / "eval_sft.json").exists()
+    with Checkpointer.reader(tmp_path / "checkpoints/sft") as checkpoints:
+        assert checkpoints.latest_step() is None
