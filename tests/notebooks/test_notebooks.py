@@ -18,7 +18,8 @@ def test_every_notebook_is_run():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_notebook_runs(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", ""))
+    one_device = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "").strip()
+    monkeypatch.setenv("XLA_FLAGS", one_device)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]

@@ -41,7 +41,8 @@ def get_config():
             "sft.optimizer.peak": 1e-2,
             "sft.optimizer.warmup_steps": 1,
             "rl.checkpoint_every": 2,
-            "rl.permute_advantages": True,  # one more use of randomness to resume
+            "rl.permute_advantages": True,  # one more use of randomness to resume,
+            "rl.reset_optimizer": False,  # and one more state
             "rl.length_weight": 1.0,
             "rl.length_warmup": 0,
             "rl.optimizer.peak": 1e-2,
