@@ -43,8 +43,8 @@ def get_config():
         config.rl.optimizer.end = 1e-5
         config.rl.optimizer.b2 = 0.99
         config.rl.optimizer.warmup_steps = 4
-        # The report resets it. With 4 updates per iteration a fresh Adam takes steps of full size in every direction; moments
-        # that live on damp the noisy ones, which allows three times the rate (docs/log.md).
+        # The report resets it. With 4 updates per iteration a fresh Adam takes steps of full size in every direction;
+        # moments that live on damp the noisy ones, which allows three times the rate (docs/log.md).
         config.rl.reset_optimizer = False
         config.rl.checkpoint_every = 4
 

@@ -2,8 +2,8 @@
 
     python scripts/train.py --config=configs/rl_gpu.py --workdir=runs/rl_gpu
 
-One H200, 2 min 30 s. SFT learns from 4,000 worked solutions in all and memorises them; RL gains about one point so far: docs/log.md
-has the figures and what is left to try.
+One H200, 2 min 30 s. SFT learns from 4,000 worked solutions in all and memorises them; RL gains about one point so far:
+docs/log.md has the figures and what is left to try.
 """
 
 from kimi_jax.trainers.config import default_config

@@ -150,7 +150,7 @@ def _stored(path: pathlib.Path, compute) -> dict:
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple]:
-    found = {}
+    found: dict[str, tuple] = {}
     for name in sorted({*old, *new}):
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
