@@ -76,7 +76,7 @@ def test_both_controls_on_a_run_in_miniature(finished, capsys):
     assert 0 < row["n"] <= 11 and all(0 <= share <= 1 for name, share in row.items() if name != "n")
     assert all(path.read_bytes() == data for path, data in before.items())  # the run is as it was
     with Checkpointer.reader(target / "checkpoints" / "rl") as checkpoints:
-        assert checkpoints.latest_step() == 6
+        assert checkpoints.latest_step() == 10
 
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path, capsys):

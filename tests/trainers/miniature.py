@@ -27,7 +27,7 @@ def get_config():
         "model": {"size": "miniature", "remat": False},
         "data": {"text_tasks": ("chain",), "image_tasks": ("pips",), "train_per_kind": 29, "heldout_per_kind": 11},
         "sft": {"steps": 12, "rows": 16, "micro_rows": 8, "eval_every": 3, "eval_problems": 5},
-        "rl": {"iterations": 6, "problems": 6, "responses": 4, "updates": 2, "micro_rows": 8},
+        "rl": {"iterations": 10, "problems": 6, "responses": 4, "updates": 2, "micro_rows": 8},
         "rows": {"tokens": 64, "patches": 64, "logits_chunk": 64},
         "sampling": {"rows": 16, "prompt_tokens": 31, "prompt_patches": 16, "max_tokens": 23, "chunk": 8},
         "eval": {"report_groups": 2},
