@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 
-from kimi_jax.models import config as models
 from kimi_jax.tasks import TASKS
 from kimi_jax.tasks.base import make_problems
 from kimi_jax.trainers import pipeline
@@ -49,7 +48,7 @@ def test_the_best_constant_guess():
 
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
-    monkeypatch.setitem(models.NAMED_SIZES, "miniature", miniature.SIZE)
+    miniature.prepare(monkeypatch)
     config = miniature.get_config()
     config.rl.permute_advantages = False
     pipeline.run(config, tmp_path / "run")

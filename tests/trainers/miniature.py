@@ -3,6 +3,8 @@
 It learns next to nothing. The length reward gives even wrong answers different rewards, so that every update moves.
 """
 
+import functools
+
 from kimi_jax.models import config as models
 from kimi_jax.trainers.config import default_config
 
@@ -18,6 +20,22 @@ SIZE = models.ModelConfig(
     tie_embeddings=True,
     vision=models.VisionConfig(patch_size=4, merge_size=2, width=8, num_layers=1, num_heads=2, mlp_width=12),
 )
+
+
+def prepare(monkeypatch) -> None:
+    """For a job within the process of a test: forgets the size afterwards, and compiles updates fast."""
+    import jax
+
+    from kimi_jax.training.step import Stepper
+    from tests.helpers import QUICK_COMPILE
+
+    def init(self, _init=Stepper.__init__, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK_COMPILE))
+            _init(self, **kwargs)
+
+    monkeypatch.setitem(models.NAMED_SIZES, "miniature", SIZE)
+    monkeypatch.setattr(Stepper, "__init__", init)
 
 
 def get_config():

@@ -16,8 +16,8 @@ from tests.trainers import miniature
 
 
 @pytest.fixture(autouse=True)
-def size(monkeypatch):
-    monkeypatch.setitem(models.NAMED_SIZES, "miniature", miniature.SIZE)
+def prepared(monkeypatch):
+    miniature.prepare(monkeypatch)
 
 
 @pytest.fixture
@@ -140,7 +140,8 @@ def test_a_checkpoint_of_another_shape(tmp_path, monkeypatch):
     config = miniature.get_config()
     pipeline.prepare_workdir(config, tmp_path)
     here = setup.build(config, tmp_path)
-    params = here.init_params()
+    like = setup.params_like(here.policy, here.mesh)
+    params = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), like)
     state = here.new_state(params, here.stepper(supervised.loss_fn, config.sft.optimizer, 12).init_optimizer(params))
     with Checkpointer(tmp_path / "checkpoints/sft", keep_last=1, keep_best=0, best_metric=None) as checkpoints:
         checkpoints.save(4, state, {"waiting": []}, wait=True)
@@ -163,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_is_good
     real = rl.surrogate_loss
     with monkeypatch.context() as patch:
         patch.setattr(rl, "surrogate_loss", lambda *args, **kwargs: (real(*args, **kwargs)[0] * np.nan, {}))
-        with pytest.raises(NonFiniteError, match=r"RL iteration 3: not finite: loss=nan.*last checkpoint is intact"):
+        with pytest.raises(NonFiniteError, match=r"RL iteration 3: not finite: .*loss=nan.*last checkpoint is intact"):
             run(3)
     step, arrays = rl_checkpoint(tmp_path)
     assert step == before[0] == 2
