@@ -23,19 +23,24 @@ SIZE = models.ModelConfig(
 
 
 def prepare(monkeypatch) -> None:
-    """For a job within the process of a test: forgets the size afterwards, and compiles updates fast."""
+    """For a job within the process of a test: forgets the size afterwards, and compiles most of it fast."""
     import jax
 
+    from kimi_jax.trainers.setup import Setup
     from kimi_jax.training.step import Stepper
     from tests.helpers import QUICK_COMPILE
 
-    def init(self, _init=Stepper.__init__, **kwargs):
-        with monkeypatch.context() as patch:
-            patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK_COMPILE))
-            _init(self, **kwargs)
+    def quick(function):
+        def call(*args, **kwargs):
+            with monkeypatch.context() as patch:
+                patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK_COMPILE))
+                return function(*args, **kwargs)
+
+        return call
 
     monkeypatch.setitem(models.NAMED_SIZES, "miniature", SIZE)
-    monkeypatch.setattr(Stepper, "__init__", init)
+    monkeypatch.setattr(Stepper, "__init__", quick(Stepper.__init__))
+    monkeypatch.setattr(Setup, "init_params", quick(Setup.init_params))
 
 
 def get_config():
