@@ -185,6 +185,8 @@ def test_table_numbers():
     assert " ".join(rows[-1]) == "13 min 32 s on one <GPU>, seed 3"
     text_only = SUMMARY | {"sft": {"text": SUMMARY["sft"]["text"]}, "rl": {"text": SUMMARY["rl"]["text"]}}
     assert "image" not in report.results_table(text_only)
+    shorter = {"sft": {"text": {"mean_tokens": 22.34}}, "rl": {"text": {"mean_tokens": 22.31}}}
+    assert "+0.0" in report.results_table(SUMMARY | shorter)  # not -0.0
     with pytest.raises(ValueError, match="need 'text' or 'image'"):
         report.results_table(SUMMARY | {"sft": {}, "rl": {}})
 
@@ -215,6 +217,17 @@ def test_other_metrics_share_panels_by_family_and_none_is_lost():
     assert shared["Share of responses"] == ["truncated", "ungradable"]
     assert shared["Share of groups"] == ["all_wrong", "all_right"]
     assert shared["zeta"] == []
+
+
+def test_small_and_large_numbers_stand_at_the_axes_in_full():
+    rows = [{"step": i, "learning_rate": 1e-5 * i, "bytes": 4_100_000 + 13_000 * i, "truncated": 0.0} for i in range(9)]
+    figure = curves.details(rows, curves.LIGHT)
+    figure.draw_without_rendering()
+    labels = {panel.get_title("left"): [t.get_text() for t in panel.get_yticklabels()] for panel in figure.axes}
+    assert "4e-05" in labels["learning_rate"] and "4,140,000" in labels["bytes"]
+    assert all(panel.yaxis.get_offset_text().get_text() == "" for panel in figure.axes)
+    [shares] = [panel for panel in figure.axes if panel.get_title("left") == "Share of responses"]
+    assert 0 > shares.get_ylim()[0] > -0.01  # a line at 0% is seen, and no share is negative
 
 
 def test_smoothing_against_a_loop():

@@ -20,6 +20,7 @@ DARK = {"ink": "#e6e8eb", "faint": "#9aa3ae", "grid": "#2f353d", "paper": "#1a1d
          "series": ("#6cabff", "#ffa657", "#b6bec9", "#4ccf9b", "#c59bff", "#ff8ab4")}  # fmt: skip
 
 _PERCENT = matplotlib.ticker.FuncFormatter(lambda share, _: f"{100 * share:.3g}%")
+_NUMBER = matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:.4g}" if abs(x) < 1_000 else f"{x:,.0f}")
 
 _ACCURACIES = (  # key while training, key of the held-out evaluation, label, index of its colour
     ("accuracy", None, "all", 2),
@@ -62,7 +63,7 @@ def overview(metrics: Metrics, colors: dict) -> matplotlib.figure.Figure:
     left.yaxis.set_major_formatter(_PERCENT)
     _title(left, "Accuracy", colors)
     _title(right, "Response length (tokens)", colors)
-    right.set_ylim(bottom=0, top=right.get_ylim()[1])
+    right.set_ylim(bottom=0, top=1.1 * right.get_ylim()[1])
     _legend(left, colors, ncols=1)
     return figure
 
@@ -84,7 +85,10 @@ def details(metrics: Metrics, colors: dict) -> matplotlib.figure.Figure | None:
             color = colors["series"][i % len(colors["series"])]
             _draw(panel, *_series(metrics, key), color=color, label=label if len(families[name]) > 1 else "")
         if name.startswith("Share"):
+            panel.set_ylim(bottom=-0.02 * panel.get_ylim()[1])  # a line at 0% is still seen
             panel.yaxis.set_major_formatter(_PERCENT)
+        else:  # matplotlib's own would put a common factor above the panel, and push its title up
+            panel.yaxis.set_major_formatter(_NUMBER)
         _title(panel, name, colors, size=9.5)
         _legend(panel, colors, ncols=2)
     return figure

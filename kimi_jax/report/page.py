@@ -68,7 +68,8 @@ def _results(summary: dict) -> str:
         )
         previous = kind
     head = '<tr><th></th><th></th><th scope="col">SFT</th><th scope="col">RL</th><th scope="col">gain</th></tr>'
-    return f"<section><h2>Results</h2><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></section>"
+    table = f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<section><h2>Results</h2><div class="scroll">{table}</div></section>'
 
 
 def _training(metrics: Metrics) -> str:
@@ -87,8 +88,9 @@ def _picture(draw, metrics: Metrics, caption: str) -> str:
     if light is None:
         return ""
     return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{_data_uri(curves.png(dark))}">'
-        f'<img class="curves" src="{_data_uri(curves.png(light))}" alt="{_text(caption)}"></picture>'
+        '<div class="scroll"><picture>'
+        f'<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(curves.png(dark))}">'
+        f'<img class="curves" src="{_data_uri(curves.png(light))}" alt="{_text(caption)}"></picture></div>'
     )
 
 
@@ -233,8 +235,9 @@ thead th { color: var(--quiet); font-weight: 500; font-size: .85rem; border-bott
 tbody th, td.left { text-align: left; }
 tr.first > * { border-top: 1px solid var(--line); }
 tbody tr.first:first-child > * { border-top: 0; }
-.curves { display: block; width: 100%; height: auto; border: 1px solid var(--line); border-radius: 10px;
-  margin-bottom: 1rem; }
+.scroll { overflow-x: auto; }
+.curves { display: block; width: 100%; min-width: 44rem; height: auto; border: 1px solid var(--line);
+  border-radius: 10px; margin-bottom: 1rem; }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1.25rem 1.4rem;
   margin-bottom: 1.25rem; }
 .prompt { white-space: pre-wrap; overflow-wrap: anywhere; margin-bottom: .75rem; }
@@ -248,5 +251,6 @@ summary { cursor: pointer; overflow-wrap: anywhere; }
 .correct, .best { color: var(--good); background: var(--good-bg); }
 .wrong, .worst { color: var(--bad); background: var(--bad-bg); }
 .ungradable { color: var(--odd); background: var(--odd-bg); }
+@media (max-width: 32rem) { th, td { padding-right: .45rem; font-size: .8rem; } article { padding: 1rem; } }
 @media print { pre { max-height: none; } article { break-inside: avoid; } }
 """

@@ -18,7 +18,7 @@ def score_rows(summary: dict) -> list[tuple[str, ...]]:
             continue
         for label, key, form, factor, unit in _ROWS:
             before, after = (sft or {}).get(key), (rl or {}).get(key)
-            gain = "" if factor is None or None in (before, after) else f"{factor * (after - before):+.1f}{unit}"
+            gain = "" if factor is None or None in (before, after) else f"{factor * (after - before):+z.1f}{unit}"
             rows.append((kind, label, *("–" if v is None else form.format(v) for v in (before, after)), gain))
     if not rows:
         raise ValueError(f"No scores: 'sft' and 'rl' need 'text' or 'image', but the summary is {summary}.")

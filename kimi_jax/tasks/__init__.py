@@ -3,11 +3,11 @@
 import difflib
 
 from kimi_jax.tasks.base import Task
-from kimi_jax.tasks.math import CHAIN, COUNTDOWN
+from kimi_jax.tasks.math import CHAIN, COUNTDOWN_TASKS
 from kimi_jax.tasks.visual import VISUAL_TASKS
 from kimi_jax.types import Outcome, Problem, Verdict
 
-TASKS: dict[str, Task] = {task.name: task for task in (CHAIN, COUNTDOWN, *VISUAL_TASKS)}
+TASKS: dict[str, Task] = {task.name: task for task in (CHAIN, *COUNTDOWN_TASKS, *VISUAL_TASKS)}
 
 
 def get_task(name: str) -> Task:

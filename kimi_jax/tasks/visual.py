@@ -259,6 +259,7 @@ def draw_bar_chart(rng: np.random.Generator, difficulty: int) -> Content:
 # --- pips: tiles like those of dominoes, to be counted and added up ---------------------------------------------------
 
 MAX_PIPS = 9  # of a tile: 3 × 3 places
+SHADE = 32  # how much darker every second tile is, for its border to be seen: pips lie close to it
 
 
 def render_pips(tiles: tuple[int, ...], style: Style, rng: np.random.Generator) -> np.ndarray:
@@ -266,16 +267,22 @@ def render_pips(tiles: tuple[int, ...], style: Style, rng: np.random.Generator) 
     image = _canvas(1, len(tiles), style, rng)
     unit = style.cell // 8
     for column, pips in enumerate(tiles):
+        tile = image[:, column * style.cell : (column + 1) * style.cell]
+        tile -= np.uint8(SHADE * (column % 2))
         for place in rng.permutation(MAX_PIPS)[:pips]:
             shift = rng.integers(0, unit, 2) if style.jitter else np.zeros(2, int)
             side = 2 * unit - int(shift.max())
             top, left = np.array(divmod(int(place), 3)) * 3 * unit + shift
-            _paint(image, np.ones((side, side), bool), top, column * style.cell + left, "black")
+            _paint(tile, np.ones((side, side), bool), top, left, "black")
     return image
 
 
 def draw_pips(rng: np.random.Generator, difficulty: int) -> Content:
-    """The sum of the pips of `difficulty` + 1 tiles, added up from left to right."""
+    """The sum of the pips of `difficulty` + 1 tiles, added up from left to right.
+
+    The id keeps the order of the tiles, so "3,5" may be held out while "5,3" is learned from: what is held out is what
+    there is to be seen, an arrangement as in the scenes, and the running sums of the worked solution follow its order.
+    """
     tiles = tuple(int(n) for n in rng.integers(1, MAX_PIPS + 1, difficulty + 1))
     sums = np.cumsum(tiles)
     steps = "".join(f"{a}+{n}={b};" for a, n, b in zip(sums[:-1], tiles[1:], sums[1:], strict=True))

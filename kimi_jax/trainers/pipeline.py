@@ -7,12 +7,14 @@ What a workdir holds:
     checkpoints/sft/    checkpoints/rl/
     sft_metrics.jsonl   metrics.jsonl (one object per RL iteration)
     summary.json        curves.png        report.html
+    eval_sft.json       seconds.json (so far, over all attempts)
 """
 
 import functools
 import json
 import os
 import pathlib
+import threading
 import time
 
 import jax
@@ -161,17 +163,28 @@ def _differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple]:
 
 
 class _Clock:
-    """Seconds that the job took, over all attempts."""
+    """Seconds that the job took, over all attempts. Noted every second: who is killed has no time for last words."""
 
     def __init__(self, path: pathlib.Path, started: float):
         self.path, self.started = path, started
         self.before = json.loads(path.read_text()) if path.exists() else 0.0
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._note, daemon=True)
 
     def seconds(self) -> float:
         return self.before + time.time() - self.started
 
     def __enter__(self) -> "_Clock":
+        self._thread.start()
         return self
 
     def __exit__(self, *exc_info) -> None:
+        self._left.set()
+        self._thread.join()
         write_json(self.path, self.seconds())
+
+    def _note(self) -> None:
+        while True:
+            write_json(self.path, self.seconds())
+            if self._left.wait(1.0):
+                return

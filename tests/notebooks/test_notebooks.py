@@ -9,7 +9,7 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).parents[2]
-TINY = {"01_quickstart": {"PROBLEMS": 30, "SFT_STEPS": 3, "RL_ITERATIONS": 2, "RL_PROBLEMS": 6}}
+TINY = {"01_quickstart": {"PROBLEMS": 30, "SFT_STEPS": 3, "RL_ITERATIONS": 2, "RL_PROBLEMS": 8}}
 
 
 def test_every_notebook_is_run():

@@ -12,44 +12,31 @@ import pytest
 from kimi_jax.data.chat import encode_prompt
 from kimi_jax.data.images import load_image
 from kimi_jax.data.tokenizer import Tokenizer
-from kimi_jax.models import config as model_config
 from kimi_jax.sampling.handover import make_handover
 from kimi_jax.sampling.logits import SamplingSettings
 from kimi_jax.trainers import setup
-from kimi_jax.trainers.config import default_config
 from kimi_jax.training import sharding
 from kimi_jax.training.checkpoint import Checkpointer
 from kimi_jax.types import TrainState
 from scripts import sample
+from tests.trainers import miniature
 
-MINIATURE = model_config.ModelConfig(
-    vocab_size=1,  # the tokenizer decides
-    width=24,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=12,
-    mlp_width=40,
-    rope_base=100.0,
-    tie_embeddings=False,
-    vision=model_config.VisionConfig(patch_size=3, merge_size=2, width=8, num_layers=1, num_heads=2, mlp_width=12),
-)
 VOCABULARY = 293
 TEXT = "Compute 3 + 4 * 5."
 PICTURE = "How many circles?"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def miniature():
+def miniature_size():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model_config.NAMED_SIZES, "miniature", MINIATURE)
+        miniature.prepare(patch)
         yield
 
 
 @pytest.fixture(scope="module")
 def weights():
     """By stage."""
-    config = small_config()
+    config = miniature.get_config()
     policy = setup.make_policy(config, one_device(), setup.model_config(config, vocab_size=VOCABULARY))
     params = jax.jit(policy.init)(jax.random.key(0))
     return {"sft": params, "rl": jax.tree.map(lambda x: 2 * x, params)}
@@ -59,7 +46,7 @@ def weights():
 def workdir(tmp_path_factory, weights):
     """What a run leaves behind."""
     path = tmp_path_factory.mktemp("run")
-    config = small_config()
+    config = miniature.get_config()
     config.sampling.prompt_tokens, config.sampling.prompt_patches, config.sampling.max_tokens = 13, 4, 29
     (path / "config.json").write_text(config.to_json_best_effort())
     assert Tokenizer.train([TEXT, PICTURE], path / "tokenizer.model", vocab_size=VOCABULARY).vocab_size == VOCABULARY
@@ -74,19 +61,13 @@ def workdir(tmp_path_factory, weights):
     return path
 
 
-def small_config():
-    config = default_config()
-    config.model.size = "miniature"
-    return config
-
-
 def one_device():
     return sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
 
 
 def expected(workdir, params, prompt, images, *, max_tokens=29, **settings):
     """The same by Engine.generate, beside another prompt, on one device, in roomier buckets."""
-    config = small_config()
+    config = miniature.get_config()
     tokenizer = Tokenizer.load(workdir / "tokenizer.model")
     policy = setup.make_policy(config, one_device(), setup.model_config(config, tokenizer.vocab_size))
     vision = policy.config.vision

@@ -155,6 +155,10 @@ def test_pips_are_counted_from_the_pixels(suffix):
         tiles = problem.difficulty + 1
         assert problem.images[0].shape == (cell, tiles * cell, 3) and problem.difficulty in (1, 2, 3)
         inked = (problem.images[0] < 128).all(-1).reshape(cell, tiles, cell).swapaxes(0, 1)
+        image = problem.images[0].reshape(cell, tiles, cell, 3).swapaxes(0, 1).astype(float)
+        papers = np.array([tile[~ink].mean(0) for tile, ink in zip(image, inked, strict=True)])
+        darker = papers[:-1] - papers[1:]  # than the tile to the left
+        assert (darker[::2] > 20).all() and (darker[1::2] < -20).all()  # where a tile ends is seen
         counts = [blots(tile) for tile in inked]
         assert all(1 <= count <= 9 for count in counts)
         assert problem.prompt == "How many pips? <image>" and problem.answer == str(sum(counts))

@@ -129,14 +129,18 @@ def test_the_reference_moves_in_every_iteration(reference):
 
 
 def test_killed_three_times_and_resumed(reference, environment, workdir):
+    seconds = [0.0]
     for moment in (during_sft, between_rl_saves, inside_a_save):
         while True:
             assert send(signal.SIGKILL, begin(workdir, environment), workdir, moment) == -signal.SIGKILL
             if moment(workdir):  # else the save was complete before the signal arrived: try the next one
                 break
+        seconds.append(json.loads((workdir / "seconds.json").read_text()))
         assert not (workdir / "summary.json").exists()
     assert finish(workdir, environment) == 0, log(workdir)
     assert differences(result(workdir), reference) == []
+    seconds.append(json.loads((workdir / "summary.json").read_text())["seconds"])
+    assert sorted(set(seconds)) == seconds  # every attempt adds to them
 
 
 def test_stopped_twice_by_ctrl_c_and_resumed(reference, environment, workdir):
