@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kimi_jax.arrays import PackedRows, RLBatch, TrainState
 from kimi_jax.data.images import patchify
 from kimi_jax.data.packing import pack_rows
 from kimi_jax.models.config import ModelConfig, VisionConfig
 from kimi_jax.models.policy import Policy
 from kimi_jax.sampling.engine import Engine
 from kimi_jax.training.step import Stepper
-from kimi_jax.types import Example, PackedRows, Problem, Prompt, RLBatch, Rollout, RolloutGroup, StopReason, TrainState
+from kimi_jax.types import Example, Problem, Prompt, Rollout, RolloutGroup, StopReason
 
 IMAGE_ID = 5
 VISION = VisionConfig(patch_size=3, merge_size=2, width=24, num_layers=2, num_heads=3, mlp_width=29)

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # A room may import the rooms of earlier rows, and within its own row only those of the same package.
 LAYERS = (
-    ("types",),
+    ("types", "arrays"),
     ("losses", "models", "rewards", "data.tokenizer", "data.images", "data.packing"),
     ("training",),
     ("sampling", "data.chat", "tasks"),

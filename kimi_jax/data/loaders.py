@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 
+from kimi_jax.arrays import PackedRows
 from kimi_jax.data.packing import pack_rows, plan_rows
-from kimi_jax.types import Example, PackedRows, Problem, Prompt
+from kimi_jax.types import Example, Problem, Prompt
 
 
 def sft_batches(

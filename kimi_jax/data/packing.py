@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from kimi_jax.types import Example, ImagePatches, PackedRows
+from kimi_jax.arrays import PackedRows
+from kimi_jax.types import Example, ImagePatches
 
 
 def plan_rows(examples: Sequence[Example], *, row_tokens: int, row_patches: int) -> list[list[int]]:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kimi_jax.types import RLBatch
+from kimi_jax.arrays import RLBatch
 
 Baseline = Literal["mean", "log_z"]
 Form = Literal["sequence", "length_normalized", "token"]

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kimi_jax.arrays import PackedRows
 from kimi_jax.models import decoder, layers, vision
 from kimi_jax.models.config import ModelConfig
-from kimi_jax.types import PackedRows
 
 
 class DecoderEnds(nnx.Module):

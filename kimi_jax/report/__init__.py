@@ -1,9 +1,9 @@
 """What a run has to show: learning curves, a table of SFT against RL, and an HTML page with both and sampled rollouts.
 
-    metrics   rows of `metrics.jsonl`: "step" or "iteration", and numbers (None where there was nothing to measure)
-    summary   {"seconds", "device", "seed", "sft": {kind: scores}, "rl": {kind: scores}}; kind is "text" or "image",
-              scores are {"accuracy", "greedy_accuracy", "mean_tokens", "n"}, accuracies in 0..1
-    groups    {stage: [RolloutGroup, ...]}, stages in the order in which they are shown, e.g. {"SFT": ..., "RL": ...}
+metrics   rows of `metrics.jsonl`: "step" or "iteration", and numbers (None where there was nothing to measure)
+summary   {"seconds", "device", "seed", "sft": {kind: scores}, "rl": {kind: scores}}; kind is "text" or "image",
+          scores are {"accuracy", "greedy_accuracy", "mean_tokens", "n"}, accuracies in 0..1
+groups    {stage: [RolloutGroup, ...]}, stages in the order in which they are shown, e.g. {"SFT": ..., "RL": ...}
 """
 
 from kimi_jax.report.curves import write_curves

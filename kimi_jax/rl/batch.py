@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kimi_jax.arrays import RLBatch
 from kimi_jax.data.packing import pack_rows, plan_rows
-from kimi_jax.types import Example, RLBatch, RolloutGroup
+from kimi_jax.types import Example, RolloutGroup
 
 
 def build_minibatches(

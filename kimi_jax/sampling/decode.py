@@ -14,9 +14,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kimi_jax.arrays import PackedRows, SamplingState
 from kimi_jax.models.policy import Policy
 from kimi_jax.sampling.logits import SamplingSettings, choose, rollout_keys
-from kimi_jax.types import PackedRows, SamplingState
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "slots", "max_tokens"))

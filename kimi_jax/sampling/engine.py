@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from kimi_jax.arrays import SamplingState
 from kimi_jax.data.packing import pack_rows
 from kimi_jax.models.policy import Policy
 from kimi_jax.sampling import decode
 from kimi_jax.sampling.logits import SamplingSettings
-from kimi_jax.types import Example, Prompt, Rollout, SamplingState, StopReason
+from kimi_jax.types import Example, Prompt, Rollout, StopReason
 
 
 @dataclasses.dataclass(frozen=True)

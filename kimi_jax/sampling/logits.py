@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kimi_jax.types import pytree
+from kimi_jax.arrays import pytree
 
 MAX_END_IDS = 8
 

@@ -21,7 +21,6 @@ from kimi_jax.training import sharding
 GIB = 2**30
 
 
-
 def describe(config: ml_collections.ConfigDict, devices=None) -> str:
     """The resolved config, parameters, batch arithmetic and memory plan. Allocates no parameters.
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kimi_jax import evals
+from kimi_jax.arrays import RLBatch, TrainState
 from kimi_jax.losses.mirror_descent import Baseline, baseline, surrogate_loss
 from kimi_jax.rewards.length import length_weight, shaped_rewards
 from kimi_jax.rl.batch import build_minibatches
@@ -30,7 +31,7 @@ from kimi_jax.trainers.setup import EVALUATION, ROLLOUT, Setup
 from kimi_jax.training.checkpoint import Checkpointer
 from kimi_jax.training.metrics import MetricsWriter, Stopwatch, progress
 from kimi_jax.training.step import Stepper, check_finite
-from kimi_jax.types import Outcome, RLBatch, RolloutGroup, StopReason, TrainState
+from kimi_jax.types import Outcome, RolloutGroup, StopReason
 
 
 def loss_fn(logprobs, batch: RLBatch, hyper, *, form):

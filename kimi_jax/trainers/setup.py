@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from kimi_jax.arrays import TrainState
 from kimi_jax.data import chat
 from kimi_jax.data.loaders import encoded_problems
 from kimi_jax.data.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ from kimi_jax.tasks import get_task
 from kimi_jax.tasks.base import make_problems
 from kimi_jax.training import optim, sharding
 from kimi_jax.training.step import LossFn, Stepper
-from kimi_jax.types import Problem, TrainState
+from kimi_jax.types import Problem
 
 # Independent streams of randomness under one seed.
 INIT, ROLLOUT, EVALUATION, REPORT = range(4)

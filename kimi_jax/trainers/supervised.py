@@ -1,12 +1,13 @@
 """The loop over fixed data: supervised fine-tuning on worked solutions (k1.5 §2.5.2, §2.2).
 
-    examples -> packed rows -> cross-entropy on response and end token -> update -> now and then: evaluate, checkpoint
+examples -> packed rows -> cross-entropy on response and end token -> update -> now and then: evaluate, checkpoint
 """
 
 import jax
 import numpy as np
 
 from kimi_jax import evals
+from kimi_jax.arrays import PackedRows, pytree
 from kimi_jax.data import chat
 from kimi_jax.data.loaders import prefetched, sft_batches, trained_tokens
 from kimi_jax.losses.token import cross_entropy
@@ -17,7 +18,6 @@ from kimi_jax.trainers.setup import EVALUATION, Setup
 from kimi_jax.training.checkpoint import Checkpointer
 from kimi_jax.training.metrics import MetricsWriter, Stopwatch, progress
 from kimi_jax.training.step import check_finite
-from kimi_jax.types import PackedRows, pytree
 
 
 @pytree

@@ -21,6 +21,7 @@ import ml_collections
 import numpy as np
 from jax.experimental import topologies
 
+from kimi_jax.arrays import RLBatch, TrainState
 from kimi_jax.rl.batch import build_minibatches
 from kimi_jax.sampling import decode
 from kimi_jax.sampling.engine import Engine
@@ -29,7 +30,7 @@ from kimi_jax.sampling.logits import SamplingSettings
 from kimi_jax.trainers import rl, setup
 from kimi_jax.trainers.plan import GIB, Weights, bytes_per_device, rl_rows, with_shardings
 from kimi_jax.training import sharding
-from kimi_jax.types import Problem, Prompt, RLBatch, Rollout, RolloutGroup, StopReason, TrainState
+from kimi_jax.types import Problem, Prompt, Rollout, RolloutGroup, StopReason
 
 # What the TPU compiler says is available per chip, in GiB, by the device kind that JAX reports.
 HBM = {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kimi_jax.arrays import TrainState
 from kimi_jax.models.policy import Policy
-from kimi_jax.types import TrainState
 
 LossFn = Callable[[jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from kimi_jax.arrays import PackedRows
 from kimi_jax.data.packing import pack_rows, plan_rows
-from kimi_jax.types import Example, ImagePatches, PackedRows
+from kimi_jax.types import Example, ImagePatches
 
 IMAGE_ID, PATCH_DIM = 5, 7
 

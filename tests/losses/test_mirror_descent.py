@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kimi_jax.arrays import PackedRows, RLBatch
 from kimi_jax.losses.mirror_descent import baseline, surrogate_loss
-from kimi_jax.types import PackedRows, RLBatch
 
 FORMS = ["sequence", "length_normalized", "token"]
 GROUPS = (2, 3, 5)  # responses per problem

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from kimi_jax.arrays import TrainState
 from kimi_jax.data.chat import encode_prompt
 from kimi_jax.data.images import load_image
 from kimi_jax.data.tokenizer import Tokenizer
@@ -17,7 +18,6 @@ from kimi_jax.sampling.logits import SamplingSettings
 from kimi_jax.trainers import setup
 from kimi_jax.training import sharding
 from kimi_jax.training.checkpoint import Checkpointer
-from kimi_jax.types import TrainState
 from scripts import sample
 from tests.trainers import miniature
 

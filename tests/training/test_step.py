@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kimi_jax.arrays import TrainState
 from kimi_jax.models.policy import Policy
 from kimi_jax.rl.batch import build_minibatches
 from kimi_jax.training import optim
 from kimi_jax.training.step import NonFiniteError, Stepper, check_finite
-from kimi_jax.types import TrainState
 from tests.helpers import (
     CONFIG,
     PACKING,
