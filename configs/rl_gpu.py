@@ -20,27 +20,28 @@ def get_config():
         config.rows.logits_chunk = 512
 
         config.sft.examples_per_kind = 1_500
-        config.sft.steps = 1_600
+        config.sft.steps = 2_400
         config.sft.rows = 16
         config.sft.micro_rows = 16
-        config.sft.eval_every = 400
-        config.sft.checkpoint_every = 1_600
+        config.sft.eval_every = 800
+        config.sft.checkpoint_every = 2_400
         config.sft.optimizer.peak = 1e-3
-        config.sft.optimizer.end = 5e-4
+        config.sft.optimizer.end = 1e-3
+        config.sft.optimizer.weight_decay = 0.3
 
-        config.rl.iterations = 60
+        config.rl.iterations = 80
         config.rl.problems = 256
         config.rl.responses = 8
         config.rl.updates = 4
         config.rl.micro_rows = 32
         config.rl.tau = 0.1
         config.rl.optimizer.schedule = "cosine"
-        config.rl.optimizer.peak = 6e-5
+        config.rl.optimizer.peak = 2e-4
         config.rl.optimizer.end = 1e-5
         config.rl.optimizer.b2 = 0.99
         config.rl.optimizer.warmup_steps = 4
         config.rl.reset_optimizer = False
-        config.rl.checkpoint_every = 30
+        config.rl.checkpoint_every = 40
 
         config.sampling.rows = 2_048
         config.sampling.prompt_tokens = 96
