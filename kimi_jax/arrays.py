@@ -51,13 +51,13 @@ class RLBatch:
     rows: PackedRows
     response: Any  # int32 [R, T], index of the response that a target belongs to, in 0..N-1; 0 where loss_mask is off
     behavior_logprobs: Any  # float32 [R, T], of the targets, from the sampler
+    versions: Any  # int32 [R, T], of the targets: the iteration whose weights sampled each
     reference_logprobs: Any  # float32 [R, T], of the targets, under π_i in training numerics
     rewards: Any  # float32 [N], shaped reward r_j
     advantages: Any  # float32 [N], r_j - b
     weights: Any  # float32 [N], 1 / (k · problems of the mini-batch); 0 for padding, so that micro-batch losses add up
     lengths: Any  # float32 [N], |y_j| in tokens, at least 1
     group: Any  # int32 [N], which problem of the mini-batch
-    policy_version: Any  # int32 [N], the iteration whose weights sampled the response
 
 
 @pytree
@@ -70,21 +70,31 @@ class TrainState:
 
 
 @pytree
-class SamplingState:
-    """A batch of responses in the making. `decode.decode_chunk` maps one of these to the next.
+class Slots:
+    """The rows of a decode step, one open response in each. The host owns them and sends them with every chunk.
 
-    `last_token` is the newest token of a row: drawn, stored, and not yet read. The next step reads it at position
-    `next_position` and puts its keys and values into cache slot `next_slot`.
+    `last_token` is the newest token of a row: drawn, or the last of the prompt, and not yet read. The next step reads
+    it at `positions` and puts its keys and values into the page that `table` names for that position. Row b of 2 with
+    pages of 4, prompt "abcde" and response "xy" so far:
+
+        table[b]  7 3 9 .      page 7: a b c d      page 3: e x . .      last_token y, position 6, length 2
     """
 
-    cache: Any  # per layer (keys, values), each [B, S, K, E]
+    table: Any  # int32 [B, M], the pages of a row in order; 0 (the trash page) where it has none
     last_token: Any  # int32 [B]
-    next_position: Any  # int32 [B]
-    next_slot: Any  # int32 [B]
+    positions: Any  # int32 [B], of last_token
     serials: Any  # uint32 [B], fold into the run key: the rollout's own randomness
-    budgets: Any  # int32 [B], most tokens that the response may have
-    lengths: Any  # int32 [B], tokens written so far
-    done: Any  # bool [B]
-    ended: Any  # bool [B], stopped by an end token (else, if done, by its budget)
-    tokens: Any  # int32 [B, M], the response
-    logprobs: Any  # float32 [B, M]
+    lengths: Any  # int32 [B], tokens of the response so far
+    budgets: Any  # int32 [B], length at which the response is cut
+    live: Any  # bool [B]; the others are empty and draw nothing
+
+
+@pytree
+class Drawn:
+    """What one chunk of decode steps added to each row: the first counts[b] columns of row b."""
+
+    tokens: Any  # int32 [B, steps]
+    logprobs: Any  # float32 [B, steps], of the distribution sampled from
+    counts: Any  # int32 [B]
+    ended: Any  # bool [B], the last of them is an end token
+    repeats: Any  # bool [B], stopped because it repeats itself

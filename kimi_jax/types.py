@@ -61,6 +61,8 @@ class Example:
 class StopReason(enum.StrEnum):
     END = "end"  # the model wrote an end token, which is the last token of the response
     LENGTH = "length"  # the token budget was used up
+    REPETITION = "repetition"  # it went round in circles (`sampling.repetition`)
+    STRING = "string"  # it contains a stop string, which its last token completes
 
 
 class Outcome(enum.StrEnum):
@@ -76,14 +78,33 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """One response to be written, or to be continued. Requests that hold the same Prompt object share its cache."""
+
+    prompt: Prompt
+    serial: int  # the number from which all randomness of the response is drawn (`sampling.logits`)
+    budget: int  # most tokens to add
+    prefix: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))  # int32 [m], written before
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segment:
+    """What one call of the sampler added to a response."""
+
+    tokens: np.ndarray  # int32 [n], the end token included
+    logprobs: np.ndarray  # float32 [n], under the policy that sampled
+    stop: StopReason | None  # None: it was interrupted and can be continued
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rollout:
-    """One sampled response. `serial` is the number from which all of its randomness is drawn (`sampling.logits`)."""
+    """One finished response."""
 
     serial: int
     tokens: np.ndarray  # int32 [n], the end token included
     logprobs: np.ndarray  # float32 [n], under the policy that sampled
+    versions: np.ndarray  # int32 [n], the RL iteration whose weights sampled each token
     stop: StopReason
-    policy_version: int  # RL iteration whose weights sampled it
     text: str = ""
 
     def __len__(self) -> int:

@@ -100,7 +100,7 @@ def random_groups(seed: int, sizes, *, max_response: int = 11) -> list[RolloutGr
                     tokens=rng.integers(IMAGE_ID, CONFIG.vocab_size, n).astype(np.int32),
                     logprobs=-rng.exponential(size=n).astype(np.float32),
                     stop=StopReason.END,
-                    policy_version=i + 3,
+                    versions=np.full(n, i + 3, np.int32),
                 )
             )
             serial += 1
@@ -125,6 +125,9 @@ def make_engine(**changes) -> Engine:
         prompt_tokens=19,
         prompt_patches=32,
         max_tokens=13,
+        page=4,
+        pages=None,
+        prefill_tokens=64,
         chunk=5,
     )
     return dataclasses.replace(engine, **changes)

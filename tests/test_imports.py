@@ -144,6 +144,12 @@ def test_the_package_imports_without_other_frameworks(tmp_path):
     assert run.stdout.strip() == "", f"importing kimi_jax also imports {run.stdout.strip()}"
 
 
+def test_judging_needs_no_jax():
+    """Workers that judge start quickly, and take no memory and no device from the run."""
+    program = "import sys, kimi_jax.rewards.pool, kimi_jax.tasks; assert not {'jax', 'flax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
 def test_files_are_short():
     """A file that needs more has two subjects."""
     files = [p for d in ("kimi_jax", "configs", "scripts") for p in (ROOT / d).rglob("*") if p.suffix in (".py", ".sh")]

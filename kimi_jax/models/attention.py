@@ -1,15 +1,17 @@
-"""Attention behind two functions: over packed rows (training, prefill) and over a KV cache (decode).
+"""Attention over packed rows (training, prefill). That over the KV cache is in `paged`.
 
 Implementations, chosen by name so that nothing depends on guesses inside a library:
 
     xla     everywhere; materialises [T, T] scores
     cudnn   NVIDIA GPUs, 16-bit types
-    splash  TPUs, packed rows only (a Pallas kernel that knows segments); decode uses xla
+    splash  TPUs (a Pallas kernel that knows segments)
     splash_interpret   the same kernel, interpreted: how CPU tests run the TPU path
 """
 
 import jax
 import jax.numpy as jnp
+
+from kimi_jax.models import paged
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash", "splash_interpret")
 
@@ -51,17 +53,7 @@ def packed_mask(segments, *, causal: bool):
     return visible & jnp.tri(segments.shape[1], dtype=bool)[None] if causal else visible
 
 
-def attend_cached(q, keys, values, lengths, *, implementation: str):
-    """One query per row over the first `lengths[b]` slots of its cache.
-
-    q [B, H, E], keys and values [B, S, K, E], lengths int32 [B] >= 1. Returns [B, H, E].
-    """
-    out = jax.nn.dot_product_attention(
-        q[:, None],
-        keys,
-        values,
-        query_seq_lengths=jnp.ones_like(lengths) if implementation == "cudnn" else None,
-        key_value_seq_lengths=lengths,
-        implementation="cudnn" if implementation == "cudnn" else "xla",
-    )
-    return out[:, 0]
+def paged_kernel(implementation: str, head_dim: int) -> str:
+    """What goes with `implementation` over the cache: a name of `models.paged`."""
+    kernel = {"cudnn": "gpu", "splash": "tpu"}.get(implementation, "xla")
+    return "xla" if kernel == "tpu" and head_dim % paged.TPU_LANES else kernel

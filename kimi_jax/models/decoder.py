@@ -63,23 +63,25 @@ def apply_packed(runs, params, x, angles, segments, *, causal, implementation, m
     return x
 
 
-def apply_prefill(runs, params, x, angles, segments, *, implementation, mesh):
-    """All layers over packed rows in the sampling layout. Returns x [R, T, D] and (keys, values) [R, T, K, E] each."""
-    caches = []
-    for index, graphdef in enumerate(_graphdefs(runs)):
-        block = nnx.merge(graphdef, params["layers"][str(index)])
-        x, kv = block.packed(x, angles, segments, causal=True, implementation=implementation, mesh=mesh)
-        caches.append(kv)
-    return x, tuple(caches)
+def apply_prefill(runs, params, x, angles, rows, pages, table, **options):
+    """All layers over pieces of sequences in the sampling layout. x [R, T, D] -> x, pages. See `layers.Block`."""
+    return _apply(
+        runs, params, x, pages, lambda block, x, pages: block.prefill(x, angles, rows, pages, table, **options)
+    )
 
 
-def apply_decode(runs, params, x, angles, caches, slot, *, implementation):
-    """All layers over one new token per row in the sampling layout. x [B, D] -> [B, D] and the updated caches."""
+def apply_decode(runs, params, x, angles, pages, table, positions, **options):
+    """All layers over one new token per row in the sampling layout. x [B, D] -> x, pages. See `layers.Block`."""
+    return _apply(
+        runs, params, x, pages, lambda block, x, pages: block.decode(x, angles, pages, table, positions, **options)
+    )
+
+
+def _apply(runs, params, x, pages, layer):
     updated = []
     for index, graphdef in enumerate(_graphdefs(runs)):
-        block = nnx.merge(graphdef, params["layers"][str(index)])
-        x, cache = block.decode(x, angles, caches[index], slot, implementation=implementation)
-        updated.append(cache)
+        x, of_layer = layer(nnx.merge(graphdef, params["layers"][str(index)]), x, pages[index])
+        updated.append(of_layer)
     return x, tuple(updated)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kimi_jax.models import attention
+from kimi_jax.models import attention, paged
 
 
 def rope_angles(positions: jax.Array, head_dim: int, base: float) -> jax.Array:
@@ -77,7 +77,8 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP. `packed` sees whole sequences, `decode` one new token per row over a KV cache."""
+    """Pre-norm attention and MLP. `packed` sees whole sequences, `prefill` and `decode`
+    write into a paged KV cache (`models.paged`) and read from it."""
 
     def __init__(self, width, mlp_width, *, eps, dtype, rngs, out_scale, **attention_shape):
         self.attn_norm = rms_norm(width, eps, dtype, rngs)
@@ -92,17 +93,35 @@ class Block(nnx.Module):
         x = x + self.attn.output(heads)
         return x + self.mlp(self.mlp_norm(x)), (k, v)
 
-    def decode(self, x, angles, cache, slot, *, implementation):
-        """x [B, D], cache (keys, values) each [B, S, K, E], slot int32 [B] -> x, and the cache with the new token.
+    def prefill(self, x, angles, rows, pages, table, *, fresh, implementation, mesh):
+        """Pieces of sequences, one per row, into the cache. x [R, T, D] -> x, pages.
 
-        The new token goes into its slot and sees the slots up to it.
+        rows.positions say where the tokens stand, -1 for padding. fresh: every piece begins its sequence, so a piece
+        sees itself alone and the cache need not be read.
         """
         q, k, v = self.attn.project(self.attn_norm(x), angles)
-        rows = jnp.arange(x.shape[0])
-        keys, values = cache[0].at[rows, slot].set(k), cache[1].at[rows, slot].set(v)
-        heads = attention.attend_cached(q, keys, values, slot + 1, implementation=implementation)
+        k_pages, v_pages = (
+            paged.write(old, new, table, rows.positions, mesh=mesh) for old, new in zip(pages, (k, v), strict=True)
+        )
+        if fresh:
+            heads = attention.attend_packed(
+                q, k, v, rows.segments, causal=True, implementation=implementation, mesh=mesh
+            )
+        else:
+            heads = paged.attend_piece(q, k_pages, v_pages, table, rows.positions, mesh=mesh)
         x = x + self.attn.output(heads)
-        return x + self.mlp(self.mlp_norm(x)), (keys, values)
+        return x + self.mlp(self.mlp_norm(x)), (k_pages, v_pages)
+
+    def decode(self, x, angles, pages, table, positions, *, implementation, mesh):
+        """One new token per row, at positions int32 [B], -1 in empty rows. x [B, D] -> x, pages.
+
+        The new token goes into its page and sees all up to itself.
+        """
+        q, k, v = self.attn.project(self.attn_norm(x), angles)
+        kernel = attention.paged_kernel(implementation, self.attn.head_dim)
+        heads, *pages = paged.decode_step(q, k, v, *pages, table, positions, implementation=kernel, mesh=mesh)
+        x = x + self.attn.output(heads)
+        return x + self.mlp(self.mlp_norm(x)), tuple(pages)
 
 
 def rms_norm(width, eps, dtype, rngs):

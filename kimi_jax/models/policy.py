@@ -126,33 +126,34 @@ class Policy:
         stacked = params["decoder"]
         return params | {"decoder": {"ends": stacked["ends"], "layers": decoder.unstack_runs(stacked["runs"])}}
 
-    def prefill(self, params: dict, rows: PackedRows, last: jax.Array):
-        """Reads one prompt per row (padding on the right).
+    def new_pages(self, count: int, page: int):
+        """An empty cache of `count` pages of `page` tokens: per layer (keys, values), each [K, count, page, E]."""
+        shape = (self.config.num_kv_heads, count, page, self.config.head_dim)
+        empty = lambda: jnp.zeros(shape, self._dtype)  # noqa: E731
+        return tuple((empty(), empty()) for _ in range(self.config.num_layers))
 
-        last: int32 [R], index of each prompt's last token. Returns its next-token logits float32 [R, V] and, per layer,
-        (keys, values) each [R, T, K, E].
+    def prefill(self, params: dict, pages, rows: PackedRows, table: jax.Array, *, fresh: bool):
+        """Reads a piece of a sequence per row into the cache and returns that.
+
+        rows: tokens, positions (-1: padding), segments (1, 0: padding) and what belongs to images; targets and
+        loss_mask are not looked at. table int32 [R, M]. fresh: every piece begins its sequence.
         """
         x, angles = self._embed(params, rows, remat=False)
-        x, caches = decoder.apply_prefill(
-            self._runs, params["decoder"], x, angles, rows.segments, implementation=self.implementation, mesh=self.mesh
-        )
-        ends = self._ends(params)
-        return ends.logits(ends.norm(x[jnp.arange(x.shape[0]), last])), caches
+        options = dict(fresh=fresh, implementation=self.implementation, mesh=self.mesh)
+        return decoder.apply_prefill(self._runs, params["decoder"], x, angles, rows, pages, table, **options)[1]
 
-    def decode(self, params: dict, caches, token: jax.Array, position: jax.Array, slot: jax.Array):
-        """Reads one token per row (int32 [B] each). Returns next-token logits float32 [B, V] and the updated caches."""
+    def decode(self, params: dict, pages, table: jax.Array, token: jax.Array, positions: jax.Array):
+        """Reads one token per row, int32 [B], at positions int32 [B], -1 in empty rows.
+
+        Returns next-token logits float32 [B, V] and the cache.
+        """
         ends = self._ends(params)
-        angles = layers.rope_angles(position[:, None], self.config.head_dim, self.config.rope_base)
-        x, caches = decoder.apply_decode(
-            self._runs,
-            params["decoder"],
-            ends.embed(token),
-            angles,
-            caches,
-            slot,
-            implementation=self.implementation,
+        angles = layers.rope_angles(positions[:, None], self.config.head_dim, self.config.rope_base)
+        options = dict(implementation=self.implementation, mesh=self.mesh)
+        x, pages = decoder.apply_decode(
+            self._runs, params["decoder"], ends.embed(token), angles, pages, table, positions, **options
         )
-        return ends.logits(ends.norm(x)), caches
+        return ends.logits(ends.norm(x)), pages
 
     # --- shared ---
 

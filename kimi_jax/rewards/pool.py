@@ -1,9 +1,9 @@
 """Judging in worker processes, so that responses are judged while others are still being written.
 
-A judge may be slow, hang or crash, and none of it may reach the trainer. So it runs in processes that can be killed, and
-a response whose judge was killed is UNGRADABLE: a failed verifier says nothing about a response. Workers are fresh
-interpreters that import the judge, no JAX, and see no accelerator. Verdicts depend on the judge alone and not on timing,
-except where a deadline is missed, which is counted.
+A judge may be slow, hang or crash, and none of it may reach the trainer. So it runs in processes that can be killed,
+and a response whose judge was killed is UNGRADABLE: a failed verifier says nothing about a response. Workers are fresh
+interpreters that import the judge, no JAX, and see no accelerator. Verdicts depend on the judge alone and not on
+timing, except where a deadline is missed, which is counted.
 
     with VerifierPool(tasks.verify, workers=2, deadline_s=5.0) as pool:
         tickets = [pool.submit(problem, text) for text in texts]  # returns at once
@@ -56,7 +56,8 @@ class VerifierPool:
         judge: a function at the top level of a module. Each worker imports that module anew, without what the program
             changed in it since. The problems that it sees have no images.
         workers: how many processes. 0 judges in this process, within `submit`, and keeps no deadline.
-        deadline_s: seconds for one judgement, from when a worker begins with it. Then the worker is killed and replaced.
+        deadline_s: seconds for one judgement, from when a worker begins with it; then that worker is killed and
+            replaced.
 
     Attributes:
         missed_deadlines: how many judgements the deadline has ended.
@@ -83,7 +84,7 @@ class VerifierPool:
         if workers:
             self._pickled_judge = _pickled(judge)
             self._bell, self._bell_rope = connection.Pipe(duplex=False)  # wakes the thread when the queue has grown
-            self._rung = False
+            self._rung = False  # is a message in it already?
             self._thread = threading.Thread(target=self._run, name="verifier-pool", daemon=True)
             self._thread.start()
 
@@ -98,7 +99,9 @@ class VerifierPool:
                 raise RuntimeError(self._closed)
             if self._num_workers:
                 self._queue.append(job)
-                self._ring()
+                if not self._rung:
+                    self._rung = True
+                    self._bell_rope.send_bytes(b"!")
         if not self._num_workers:
             job.ticket.set_result(_verdict(self._judge, job.payload))
         return job.ticket
@@ -115,10 +118,12 @@ class VerifierPool:
         """Kills the workers at once. A ticket that is still open raises RuntimeError when its verdict is asked for."""
         with self._lock:
             self._closed = self._closed or "this VerifierPool is closed; submit and collect within its `with` block"
-            if self._num_workers:
-                self._ring()
         if self._num_workers:
+            if self._thread.is_alive():
+                self._bell_rope.send_bytes(b"!")
             self._thread.join()
+            self._bell.close()
+            self._bell_rope.close()
 
     def __enter__(self) -> "VerifierPool":
         return self
@@ -126,12 +131,7 @@ class VerifierPool:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def _ring(self) -> None:
-        if not self._rung:
-            self._rung = True
-            self._bell_rope.send_bytes(b"!")
-
-    # --- the rest runs in the pool's own thread -------------------------------------------------------------------------
+    # --- the rest runs in the pool's own thread -----------------------------------------------------------------------
 
     def _run(self) -> None:
         workers: list[_Worker] = []
@@ -241,7 +241,9 @@ class _Worker:
         ours, theirs = connection.Pipe()
         with theirs:
             path = [str(entry) for entry in sys.path]
-            code = f"import sys; sys.path[:] = {path}; from kimi_jax.rewards import pool; pool._serve({theirs.fileno()})"
+            code = (
+                f"import sys; sys.path[:] = {path}; from kimi_jax.rewards.pool import _serve; _serve({theirs.fileno()})"
+            )
             process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
@@ -285,7 +287,7 @@ def _verdict(judge: Judge, payload: bytes) -> Verdict:
         return Verdict(Outcome.UNGRADABLE, f"{type(error).__name__}: {error}")
 
 
-# --- in the worker ------------------------------------------------------------------------------------------------------
+# --- in the worker ----------------------------------------------------------------------------------------------------
 
 
 def _serve(fd: int) -> None:

@@ -22,13 +22,14 @@ def build_minibatches(
     patch_dim: int,
     merge: int,
     image_id: int,
+    oldest_version: int = -1,
 ) -> list[list[RLBatch]]:
     """Splits groups into mini-batches (one update each) and those into micro-batches of fixed shape (NumPy arrays).
 
     rewards, advantages: per group float [k], nan where a response is ungradable; those responses are left out, and a
     group of fewer than two others is left out whole (k1.5 §2.3.2; the caller counts them). Groups keep their order and
     are dealt out in turn. rows, row_tokens, row_patches: shape of a micro-batch; responses: N, its capacity in
-    responses. The number of micro-batches varies, their shape does not, so nothing recompiles.
+    responses. Tokens that a version before `oldest_version` sampled carry no loss (k1.5 §2.6.2). The number of micro-batches varies, their shape does not, so nothing recompiles.
     """
     kept = [i for i in range(len(groups)) if np.isfinite(rewards[i]).sum() >= 2]
     out = []
@@ -46,7 +47,10 @@ def build_minibatches(
         plan = [row[i : i + responses] for row in plan for i in range(0, len(row), responses)]
         pack = dict(row_tokens=row_tokens, row_patches=row_patches, patch_dim=patch_dim, merge=merge, image_id=image_id)
         out.append(
-            [_micro_batch(examples, records, part, rows, responses, pack) for part in _parts(plan, rows, responses)]
+            [
+                _micro_batch(examples, records, part, rows, responses, oldest_version, pack)
+                for part in _parts(plan, rows, responses)
+            ]
         )
     return out
 
@@ -69,12 +73,13 @@ def _parts(plan, rows, responses):
         yield part
 
 
-def _micro_batch(examples, records, plan, rows, responses, pack) -> RLBatch:
+def _micro_batch(examples, records, plan, rows, responses, oldest_version, pack) -> RLBatch:
     packed, placements = pack_rows(examples, plan, num_rows=rows, **pack)
     response = np.zeros(packed.tokens.shape, np.int32)
     behavior = np.zeros(packed.tokens.shape, np.float32)
+    versions = np.zeros(packed.tokens.shape, np.int32)
     per_response = {name: np.zeros(responses, np.float32) for name in ("rewards", "advantages", "weights")}
-    per_response |= {name: np.zeros(responses, np.int32) for name in ("group", "policy_version")}
+    per_response |= {name: np.zeros(responses, np.int32) for name in ("group",)}
     lengths = np.ones(responses, np.float32)
     for n, (index, (row, start)) in enumerate(placements.items()):
         rollout, reward, advantage, weight, group = records[index]
@@ -83,14 +88,17 @@ def _micro_batch(examples, records, plan, rows, responses, pack) -> RLBatch:
         targets = slice(start + prompt_length - 1, start + len(examples[index].tokens) - 1)
         response[row, targets] = n
         behavior[row, targets] = rollout.logprobs
+        versions[row, targets] = rollout.versions
+        packed.loss_mask[row, targets] &= rollout.versions >= oldest_version
         lengths[n] = len(rollout)
-        values = (reward, advantage, weight, group, rollout.policy_version)
+        values = (reward, advantage, weight, group)
         for name, value in zip(per_response, values, strict=True):
             per_response[name][n] = value
     return RLBatch(
         rows=packed,
         response=response,
         behavior_logprobs=behavior,
+        versions=versions,
         reference_logprobs=np.full_like(behavior, np.nan),  # until scored,
         lengths=lengths,
         **per_response,

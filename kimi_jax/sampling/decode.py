@@ -1,99 +1,83 @@
-"""Jitted sampling: `start` reads prompts and draws the first tokens, `decode_chunk` draws the next ones.
+"""The jitted programs of the sampler: `prefill` reads prompts into the cache, `fork` copies a page, `decode` draws.
 
-Slots of the KV cache are filled without gaps, prompt then response, so the first `next_slot` slots are live and
-whatever padding left behind them is overwritten before it is seen:
-
-    prompt "abc" in a bucket of 5, S = 8       slot   0 1 2 3 4 5 6 7
-    after start (first token x drawn)                 a b c . . . . .    last_token x, next_slot 3
-    after one decode step (y drawn)                   a b c x . . . .    last_token y, next_slot 4
+Prefill reads all of a sequence but its last token and computes no logits; the first decode step reads that token. So a
+new response, one of k that share a prompt, and one that is continued all start alike.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from kimi_jax.arrays import PackedRows, SamplingState
+from kimi_jax.arrays import Drawn, PackedRows, Slots
 from kimi_jax.models.policy import Policy
 from kimi_jax.sampling.logits import SamplingSettings, choose, rollout_keys
+from kimi_jax.training.sharding import ROW_AXES
+
+P = jax.P
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "slots", "max_tokens"))
-def start(
+@functools.partial(jax.jit, static_argnames=("policy", "fresh"), donate_argnames=("pages",))
+def prefill(params: dict, pages, rows: PackedRows, table: jax.Array, *, policy: Policy, fresh: bool):
+    """See `Policy.prefill`. params: sampling layout. The cache is updated in place."""
+    return policy.prefill(params, pages, rows, table, fresh=fresh)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("pages",))
+def fork(pages, source: jax.Array, target: jax.Array, *, mesh: jax.sharding.Mesh | None):
+    """Copies page source[b] to page target[b], int32 [B] each, in all layers; 0 to 0 where there is nothing to do."""
+    copy = lambda leaf, source, target: leaf.at[:, target].set(leaf[:, source])  # noqa: E731
+    if mesh is not None and mesh.size > 1:  # pages are numbered within a shard of rows
+        leaf = P(None, ROW_AXES)
+        copy = jax.shard_map(
+            copy, mesh=mesh, in_specs=(leaf, P(ROW_AXES), P(ROW_AXES)), out_specs=leaf, axis_names=set(ROW_AXES)
+        )
+    return jax.tree.map(lambda leaf: copy(leaf, source, target), pages)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "steps"), donate_argnames=("pages",))
+def decode(
     params: dict,
-    prompts: PackedRows,
-    prompt_lengths: jax.Array,
-    prompt_of_row: jax.Array,
-    serials: jax.Array,
-    budgets: jax.Array,
+    pages,
+    slots: Slots,
     run_key: jax.Array,
     settings: SamplingSettings,
+    enough: jax.Array,
     *,
     policy: Policy,
-    slots: int,
-    max_tokens: int,
-) -> SamplingState:
-    """Prefills every prompt once, hands its cache to all rows that answer it, and draws their first tokens.
+    steps: int,
+) -> tuple[tuple, Drawn]:
+    """Up to `steps` more tokens for every live row; left early once no more than `enough` rows live.
 
-    params: sampling layout. prompts: one prompt per row, padded on the right. prompt_lengths int32 [rows of prompts].
-    prompt_of_row, serials, budgets: int [B]; a row with budget 0 is unused and done from the start.
+    Returns the cache, updated in place, and what was drawn.
     """
-    logits, caches = policy.prefill(params, prompts, prompt_lengths - 1)
-
-    def spread(kv):  # [prompts, T, K, E] -> [B, S, K, E]
-        return jnp.pad(kv, ((0, 0), (0, slots - kv.shape[1]), (0, 0), (0, 0)))[prompt_of_row]
-
-    n = prompt_lengths[prompt_of_row]
-    B = serials.shape[0]
-    state = SamplingState(
-        cache=jax.tree.map(spread, caches),
-        last_token=jnp.zeros(B, jnp.int32),
-        next_position=n - 1,
-        next_slot=n - 1,
-        serials=serials,
-        budgets=budgets,
-        lengths=jnp.zeros(B, jnp.int32),
-        done=budgets == 0,
-        ended=jnp.zeros(B, bool),
-        tokens=jnp.zeros((B, max_tokens), jnp.int32),
-        logprobs=jnp.zeros((B, max_tokens), jnp.float32),
-    )
-    return _append(state, logits[prompt_of_row], state.cache, run_key, settings)
-
-
-@functools.partial(jax.jit, static_argnames=("policy", "steps"), donate_argnames=("state",))
-def decode_chunk(
-    params: dict, state: SamplingState, run_key: jax.Array, settings: SamplingSettings, *, policy: Policy, steps: int
-) -> SamplingState:
-    """Up to `steps` more tokens for every row that is not done; stops early when all are."""
+    B = slots.serials.shape[0]
 
     def step(carry):
-        i, state = carry
-        logits, cache = policy.decode(params, state.cache, state.last_token, state.next_position, state.next_slot)
-        return i + 1, _append(state, logits, cache, run_key, settings)
+        i, pages, token, lengths, live, tokens, logprobs, ended = carry
+        positions = jnp.where(live, slots.positions + i, -1)
+        logits, pages = policy.decode(params, pages, slots.table, token, positions)
+        token, logprob = choose(logits, rollout_keys(run_key, slots.serials, lengths), settings)
+        tokens = tokens.at[:, i].set(jnp.where(live, token, 0))
+        logprobs = logprobs.at[:, i].set(jnp.where(live, logprob, 0.0))
+        lengths = lengths + live
+        ended = ended | live & jnp.any(token[:, None] == settings.end_ids[None], axis=-1)
+        live = live & ~ended & (lengths < slots.budgets)
+        return i + 1, pages, token, lengths, live, tokens, logprobs, ended
 
-    live = lambda carry: (carry[0] < steps) & ~jnp.all(carry[1].done)  # noqa: E731
-    return jax.lax.while_loop(live, step, (0, state))[1]
-
-
-def _append(state: SamplingState, logits, cache, run_key, settings) -> SamplingState:
-    """Draws the next token of every row that is not done."""
-    token, logprob = choose(logits, rollout_keys(run_key, state.serials, state.lengths), settings)
-    grow = ~state.done
-    rows = jnp.arange(token.shape[0])
-    at = jnp.where(grow, state.lengths, state.tokens.shape[1])  # out of bounds: dropped
-    lengths = state.lengths + grow
-    ended = grow & jnp.any(token[:, None] == settings.end_ids[None], axis=-1)
-    return dataclasses.replace(
-        state,
-        cache=cache,
-        last_token=jnp.where(grow, token, state.last_token),
-        next_position=state.next_position + grow,
-        next_slot=state.next_slot + grow,
-        lengths=lengths,
-        done=state.done | ended | (lengths >= state.budgets),
-        ended=state.ended | ended,
-        tokens=state.tokens.at[rows, at].set(token, mode="drop"),
-        logprobs=state.logprobs.at[rows, at].set(logprob, mode="drop"),
+    start = (
+        jnp.int32(0),
+        pages,
+        slots.last_token,
+        slots.lengths,
+        slots.live,
+        jnp.zeros((B, steps), jnp.int32),
+        jnp.zeros((B, steps), jnp.float32),
+        jnp.zeros(B, bool),
     )
+    go_on = lambda carry: (carry[0] < steps) & (jnp.sum(carry[4]) > enough)  # noqa: E731
+    _, pages, _, lengths, _, tokens, logprobs, ended = jax.lax.while_loop(go_on, step, start)
+    drawn = Drawn(tokens, logprobs, lengths - slots.lengths, ended, jnp.zeros(B, bool))
+    if policy.mesh is not None:  # every process looks at all rows
+        drawn = jax.lax.with_sharding_constraint(drawn, jax.NamedSharding(policy.mesh, P()))
+    return pages, drawn

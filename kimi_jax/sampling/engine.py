@@ -1,27 +1,38 @@
-"""The host side of sampling: prompts in, rollouts out, in batches of a few fixed shapes."""
+"""The rollout engine: continuous batching over a paged cache, on the mesh that also trains (k1.5 §2.6).
+
+The engine is what does not change: limits, shapes, where arrays lie. A `flight` is a list of requests being answered.
+
+Shapes come from a few buckets, so the number of compilations is bounded: one decode chunk, one fork, and `prefill` once
+per bucket of lengths, with and without images, at the beginning of a sequence and further on.
+"""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from kimi_jax.arrays import SamplingState
+from kimi_jax.arrays import PackedRows, Slots
 from kimi_jax.data.packing import pack_rows
 from kimi_jax.models.policy import Policy
-from kimi_jax.sampling import decode
+from kimi_jax.sampling.flight import Flight
 from kimi_jax.sampling.logits import SamplingSettings
-from kimi_jax.types import Example, Prompt, Rollout, StopReason
+from kimi_jax.training import sharding
+from kimi_jax.types import Example, Prompt, Request, Rollout, Segment, StopReason
+
+_SMALLEST_BUCKET = 16  # tokens of a row of prefill
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """Samples k responses for each of a list of prompts.
+    """Samples responses.
 
-    rows: responses in flight. prompt_tokens, prompt_patches: the bucket that every prompt is padded to. max_tokens:
-    most tokens of a response. chunk: tokens between two looks at the host. One (k, bucket) is one compilation of
-    prefill and of decode.
+    rows: slots, hence responses in flight. prompt_tokens, prompt_patches, max_tokens: the longest prompt and response.
+    page: tokens per page of the cache. pages: how many there are; None: enough for every slot at full length.
+    prefill_tokens: of one prefill call, and the longest piece in which a sequence is read. chunk: decode steps between
+    two looks at the host. put_rows: places arrays whose first axis is rows on the mesh.
     """
 
     policy: Policy
@@ -31,20 +42,86 @@ class Engine:
     prompt_tokens: int
     prompt_patches: int
     max_tokens: int
+    page: int
+    pages: int | None
+    prefill_tokens: int
     chunk: int
-    put_rows: Callable = lambda tree: tree  # places arrays whose first axis is rows on the mesh
+    put_rows: Callable = lambda tree: tree
+
+    def __post_init__(self):
+        if self.rows % self.shards:
+            raise ValueError(
+                f"sampling.rows={self.rows} must be a multiple of {self.shards}, the devices that rows are split over "
+                "(mesh.data x mesh.fsdp)."
+            )
+
+    # --- what fits ---
+
+    @property
+    def shards(self) -> int:
+        mesh = self.policy.mesh
+        return math.prod(mesh.shape[axis] for axis in sharding.ROW_AXES) if mesh is not None else 1
+
+    @property
+    def row_pages(self) -> int:
+        """Pages of the longest sequence."""
+        return -(-(self.prompt_tokens + self.max_tokens) // self.page)
+
+    @property
+    def shard_pages(self) -> int:
+        """Pages of each shard of rows, the trash page among them."""
+        rows = self.rows // self.shards
+        # Two rows that share a prompt shorter than a page hold three pages in place of two.
+        return 1 + (rows * self.row_pages + rows // 2 + 1 if self.pages is None else self.pages // self.shards)
 
     def check(self, prompt: Prompt, name: str) -> None:
-        """Raises ValueError that names a prompt which does not fit the buckets."""
+        """Raises ValueError that names a prompt which does not fit, or which this model cannot read."""
         patches = sum(len(image.patches) for image in prompt.images)
+        if patches and not self.policy.config.vision:
+            raise ValueError(f"The prompt of {name} has images, and this model reads text alone. Drop the images.")
         for size, limit, knob in (
             (len(prompt.tokens), self.prompt_tokens, "sampling.prompt_tokens"),
             (patches, self.prompt_patches, "sampling.prompt_patches"),
         ):
+            if not (size or knob.endswith("patches")):
+                raise ValueError(f"The prompt of {name} is empty. Give it at least one token.")
             if size > limit:
                 raise ValueError(
                     f"The prompt of {name} has size {size}, the limit is {knob}={limit}. Raise {knob} or drop it."
                 )
+
+    # --- sampling ---
+
+    def start(
+        self,
+        params: dict,
+        requests: Sequence[Request],
+        *,
+        run_key: jax.Array,
+        settings: SamplingSettings,
+        stop_strings: Sequence[str] = (),
+    ) -> Flight:
+        """A flight that answers the requests. params: sampling layout.
+
+        stop_strings: looked for at the ends of chunks; the response then ends with the token that completes one.
+        Raises ValueError that names a request which cannot be answered.
+        """
+        for i, request in enumerate(requests):
+            name = f"request {i} of {len(requests)}"
+            self.check(request.prompt, name)
+            left = self.max_tokens - len(request.prefix)
+            if not 1 <= request.budget <= left:
+                raise ValueError(
+                    f"A budget of {request.budget} tokens for {name} is outside 1..{left} "
+                    f"(sampling.max_tokens={self.max_tokens}, {len(request.prefix)} of them written)."
+                )
+            pages = -(-(len(request.prompt.tokens) + len(request.prefix) + request.budget) // self.page) + 1
+            if pages >= self.shard_pages:
+                raise ValueError(
+                    f"{name} needs {pages} pages of {self.page} tokens, more than the {self.shard_pages - 1} that "
+                    f"there are. Raise sampling.pages."
+                )
+        return Flight(self, params, requests, run_key, settings, stop_strings)
 
     def generate(
         self,
@@ -58,86 +135,122 @@ class Engine:
         policy_version: int,
         budget: int | None = None,
     ) -> list[tuple[Rollout, ...]]:
-        """k rollouts per prompt. Response j of prompt i has serial `first_serial + i · k + j`.
+        """k rollouts per prompt, all of them to their ends. Response j of prompt i has serial `first_serial + i·k + j`.
 
-        params: sampling layout. budget: most tokens per response, by default max_tokens.
-        Raises ValueError when k does not divide the rows, the budget is out of range, or a prompt is too long.
+        params: sampling layout. budget: most tokens per response, by default max_tokens. Raises as `start` does.
         """
-        if k < 1 or self.rows % k:
-            raise ValueError(f"sampling.rows={self.rows} must be a multiple of k={k} responses per prompt.")
-        for i, prompt in enumerate(prompts):
-            self.check(prompt, f"prompt {i} of {len(prompts)}")
-        groups = []
-        at_once = self.rows // k
-        for begin in range(0, len(prompts), at_once):
-            batch = prompts[begin : begin + at_once]
-            start = self._start(params, batch, k, first_serial + begin * k, budget, run_key, settings)
-            *_, end = self._chunks(params, start, run_key, settings)
-            rollouts = self._collect(end, policy_version)
-            del end  # or its cache would still be there while the next batch gets one
-            groups += [tuple(rollouts[i * k : (i + 1) * k]) for i in range(len(batch))]
-        return groups
+        budget = self.max_tokens if budget is None else budget
+        requests = [
+            Request(prompt, first_serial + i * k + j, budget) for i, prompt in enumerate(prompts) for j in range(k)
+        ]
+        flight = self.start(params, requests, run_key=run_key, settings=settings)
+        rollouts = [None] * len(requests)
+        while not flight.done:
+            for i, segment in flight.advance():
+                rollouts[i] = self.rollout(requests[i].serial, segment, policy_version)
+        return [tuple(rollouts[i * k : (i + 1) * k]) for i in range(len(prompts))]
 
     def stream(self, params, prompt: Prompt, *, serial, run_key, settings, budget=None) -> Iterator[Rollout]:
         """One response, yielded as far as it is after every chunk; the last one yielded is whole."""
-        self.check(prompt, "the question")
-        start = self._start(params, [prompt], self.rows, serial, budget, run_key, settings)
-        for state in self._chunks(params, start, run_key, settings):
-            yield self._collect(state, 0)[0]
+        request = Request(prompt, serial, self.max_tokens if budget is None else budget)
+        flight = self.start(params, [request], run_key=run_key, settings=settings)
+        while not flight.done:
+            finished = flight.advance()
+            yield self.rollout(serial, finished[0][1] if finished else flight.peek(0), 0)
 
-    def _start(self, params, prompts, k, first_serial, budget, run_key, settings) -> SamplingState:
-        budget = self.max_tokens if budget is None else budget
-        if not 1 <= budget <= self.max_tokens:
-            raise ValueError(f"A budget of {budget} tokens is outside 1..{self.max_tokens} (sampling.max_tokens).")
-        arrays = self.start_arrays(prompts, k=k, first_serial=first_serial, budget=budget)
-        return decode.start(params, *arrays, run_key, settings, **self.start_statics)
+    def rollout(self, serial: int, segment: Segment, policy_version: int) -> Rollout:
+        """A response of one segment."""
+        return Rollout(
+            serial=serial,
+            tokens=segment.tokens,
+            logprobs=segment.logprobs,
+            versions=np.full(len(segment.tokens), policy_version, np.int32),
+            stop=segment.stop or StopReason.LENGTH,
+            text=self.decode_text(segment.tokens),
+        )
 
-    @property
-    def start_statics(self) -> dict[str, Any]:
-        """What one compilation of `decode.start` is for."""
-        slots = self.prompt_tokens + self.max_tokens
-        return {"policy": self.policy, "slots": slots, "max_tokens": self.max_tokens}
+    # --- device arrays ---
 
-    def start_arrays(self, prompts: Sequence[Prompt], *, k: int, first_serial: int, budget: int) -> tuple:
-        """The arguments of `decode.start` that come from the host, from `prompts` to `budgets`, placed on the mesh."""
-        num_prompts = self.rows // k
-        examples = [Example(p.tokens, np.zeros(len(p.tokens), bool), p.images) for p in prompts]
-        packed, _ = pack_rows(
-            examples,
-            [[i] for i in range(len(examples))],
-            num_rows=num_prompts,
-            row_tokens=self.prompt_tokens,
+    def new_pages(self) -> tuple:
+        """The cache. Raises MemoryError that names the knobs when the device has no room for it."""
+        shapes = self.page_shapes()
+        make = jax.jit(
+            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+            out_shardings=jax.tree.map(lambda s: s.sharding, shapes),
+        )
+        try:
+            return jax.block_until_ready(make())
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            size = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(shapes))
+            count = self.shards * self.shard_pages
+            raise MemoryError(
+                f"The cache of {count:,} pages of {self.page} tokens takes {size / 2**30:.2f} GiB "
+                f"({size / count / 2**20:.2f} MiB a page), which the device does not have. Lower sampling.rows"
+                f"={self.rows} or sampling.max_tokens={self.max_tokens}, or set sampling.pages to what fits: requests "
+                "then wait for pages."
+            ) from error
+
+    def page_shapes(self):
+        """Shapes and shardings of the cache."""
+        count = self.shards * self.shard_pages
+        shapes = jax.eval_shape(lambda: self.policy.new_pages(count, self.page))
+        return sharding.page_shapes(self.policy.mesh, shapes)
+
+    def empty_slots(self) -> Slots:
+        """NumPy arrays."""
+        B = self.rows
+        ints = lambda: np.zeros(B, np.int32)  # noqa: E731
+        return Slots(
+            table=np.zeros((B, self.row_pages), np.int32),
+            last_token=ints(),
+            positions=ints(),
+            serials=np.zeros(B, np.uint32),
+            lengths=ints(),
+            budgets=ints(),
+            live=np.zeros(B, bool),
+        )
+
+    def prefill_arrays(self, bucket: int, with_images: bool) -> tuple[PackedRows, np.ndarray]:
+        """Empty arguments of a prefill call: rows of `bucket` tokens and their tables, as NumPy arrays."""
+        R = self.prefill_rows(bucket)
+        patches = self.prompt_patches if with_images else 0
+        vision = self.policy.config.vision
+        rows = PackedRows(
+            tokens=np.zeros((R, bucket), np.int32),
+            targets=None,
+            loss_mask=None,
+            positions=np.full((R, bucket), -1, np.int32),
+            segments=np.zeros((R, bucket), np.int32),
+            image_index=np.full((R, bucket), -1, np.int32),
+            patches=np.zeros((R, patches, vision.patch_dim if vision else 0), np.float32),
+            patch_positions=np.zeros((R, patches, 2), np.int32),
+            patch_segments=np.zeros((R, patches), np.int32),
+        )
+        return rows, np.zeros((R, self.row_pages), np.int32)
+
+    def image_rows(self, prompt: Prompt) -> PackedRows | None:
+        """The prompt as one row that holds its images, if it has any."""
+        vision = self.policy.config.vision
+        if not (prompt.images and vision):
+            return None
+        rows, _ = pack_rows(
+            [Example(prompt.tokens, np.zeros(len(prompt.tokens), bool), prompt.images)],
+            [[0]],
+            num_rows=1,
+            row_tokens=len(prompt.tokens),
             row_patches=self.prompt_patches,
-            patch_dim=self.policy.config.vision.patch_dim if self.policy.config.vision else 0,
-            merge=self.policy.config.vision.merge_size if self.policy.config.vision else 1,
+            patch_dim=vision.patch_dim,
+            merge=vision.merge_size,
             image_id=self.image_id,
         )
-        lengths = np.ones(num_prompts, np.int32)
-        lengths[: len(prompts)] = [len(p.tokens) for p in prompts]
-        prompt_of_row = np.arange(self.rows, dtype=np.int32) // k
-        serials = np.arange(first_serial, first_serial + self.rows, dtype=np.uint32)
-        budgets = np.where(prompt_of_row < len(prompts), budget, 0).astype(np.int32)
-        return self.put_rows((packed, lengths, prompt_of_row, serials, budgets))
+        return rows
 
-    def _chunks(self, params, state, run_key, settings) -> Iterator[SamplingState]:
-        """`state`, and what each further chunk makes of it until every row is done. Only the newest is usable."""
-        yield state
-        while not bool(state.done.all()):
-            state = decode.decode_chunk(params, state, run_key, settings, policy=self.policy, steps=self.chunk)
-            yield state
+    def prefill_rows(self, bucket: int) -> int:
+        """Rows of a prefill call whose rows have `bucket` tokens: those that keep its size about `prefill_tokens`."""
+        return max(self.prefill_tokens // bucket // self.shards, 1) * self.shards
 
-    def _collect(self, state: SamplingState, policy_version: int) -> list[Rollout]:
-        serials, tokens, logprobs, lengths, ended = jax.device_get(
-            (state.serials, state.tokens, state.logprobs, state.lengths, state.ended)
-        )
-        return [
-            Rollout(
-                serial=int(serials[b]),
-                tokens=tokens[b, : lengths[b]],
-                logprobs=logprobs[b, : lengths[b]],
-                stop=StopReason.END if ended[b] else StopReason.LENGTH,
-                policy_version=policy_version,
-                text=self.decode_text(tokens[b, : lengths[b]]),
-            )
-            for b in range(self.rows)
-        ]
+    def bucket(self, tokens: int) -> int:
+        """The row length for a piece of so many tokens: a power of two, or prefill_tokens."""
+        return min(max(_SMALLEST_BUCKET, 1 << (tokens - 1).bit_length()), max(self.prefill_tokens, _SMALLEST_BUCKET))

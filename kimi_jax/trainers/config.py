@@ -91,11 +91,14 @@ def default_config() -> ml_collections.ConfigDict:
     config.rows.logits_chunk = 128  # tokens per row whose logits exist at once
 
     config.sampling = ml_collections.ConfigDict()
-    config.sampling.rows = 256  # responses in flight
-    config.sampling.prompt_tokens = 48  # bucket that prompts are padded to
+    config.sampling.rows = 256  # slots: responses in flight
+    config.sampling.prompt_tokens = 48  # of the longest prompt
     config.sampling.prompt_patches = 112
     config.sampling.max_tokens = 64  # of a response
     config.sampling.chunk = 32  # decode steps between two looks at the host
+    config.sampling.page = 16  # tokens per page of the KV cache
+    config.sampling.pages = config_dict.placeholder(int)  # how many there are; None: enough for all rows at full length
+    config.sampling.prefill_tokens = 1_024  # of one prefill call
 
     config.eval = ml_collections.ConfigDict()
     config.eval.report_groups = 12  # problems of each kind shown in the report, with rl.responses responses each
@@ -111,6 +114,8 @@ _SIZES = (
     "sampling.prompt_tokens",
     "sampling.max_tokens",
     "sampling.chunk",
+    "sampling.page",
+    "sampling.prefill_tokens",
 )
 
 
@@ -131,7 +136,6 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         if _get(config, path) < 1:
             raise ValueError(f"config.{path}={_get(config, path)} must be at least 1.")
     divides("sft.micro_rows", "sft.rows")
-    divides("rl.responses", "sampling.rows")
     divides("rl.updates", "rl.problems")
     divides("rows.logits_chunk", "rows.tokens")
     if config.rl.responses < 2:

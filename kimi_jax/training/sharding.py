@@ -86,6 +86,12 @@ def put_rows(mesh: Mesh, tree: Any) -> Any:
     return jax.device_put(tree, row_shardings(mesh, tree))
 
 
+def page_shapes(mesh: Mesh | None, shapes: Any) -> Any:
+    """Shapes of a paged cache, [K, pages, p, E] each, with their shardings: heads over tensor, pages over the rows."""
+    place = lambda s: None if mesh is None else _split(mesh, s.shape, ("tensor", ROW_AXES))  # noqa: E731
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place(s)), shapes)
+
+
 def _split(mesh: Mesh, shape: tuple[int, ...], names) -> NamedSharding:
     """Dimension i split over the axes names[i]; those that do not divide it, or have size 1, are left out.
 
