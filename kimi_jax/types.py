@@ -111,6 +111,34 @@ class Rollout:
         return len(self.tokens)
 
 
+@dataclasses.dataclass(eq=False)
+class OpenResponse:
+    """A response in the making, over several iterations if need be. Grows by segments."""
+
+    serial: int
+    tokens: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))  # int32 [n]
+    logprobs: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))  # float32 [n]
+    versions: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))  # int32 [n]
+    stop: StopReason | None = None  # None while it is open
+    verdict: Verdict | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclasses.dataclass(eq=False)
+class OpenGroup:
+    """The responses to one problem on their way to a `RolloutGroup`."""
+
+    problem: int  # index among the training problems
+    born: int  # the RL iteration that drew it
+    responses: list[OpenResponse]
+
+    @property
+    def complete(self) -> bool:
+        return all(response.stop for response in self.responses)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class RolloutGroup:
     """The k responses to one problem, and what the verifier said of each."""

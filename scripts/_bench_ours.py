@@ -28,7 +28,6 @@ from kimi_jax.types import Example, Prompt, Request, Segment
 
 _ENTROPY = 1.0  # nats, of the next token
 _CALIBRATION_TOKENS = 64  # per row, at each step of the search for the scale that gives it
-_NOTHING = np.zeros(0, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +85,10 @@ def circumstances(bench: Bench) -> dict:
     }
 
 
-def draw_lengths(serials: Sequence[int], args: argparse.Namespace) -> list[int]:
+def draw_lengths(serials: range, args: argparse.Namespace) -> list[int]:
     """Log-normal, in tokens: how long the responses of these serials are, whoever writes them and when."""
-    normal = lambda serial: np.random.default_rng((args.seed, serial)).normal()  # noqa: E731
-    return [min(max(round(args.median * math.exp(args.sigma * normal(s))), 1), args.cut) for s in serials]
+    normal = np.random.default_rng(args.seed).normal(size=serials.stop)[serials.start :]
+    return np.clip(np.rint(args.median * np.exp(args.sigma * normal)), 1, args.cut).astype(int).tolist()
 
 
 @dataclasses.dataclass
@@ -226,7 +225,7 @@ class _Open:
     prompt: Prompt
     serial: int
     length: int
-    tokens: np.ndarray
+    tokens: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 def partial(sampler: Sampler, *, budget: int) -> dict:

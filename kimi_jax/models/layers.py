@@ -108,7 +108,8 @@ class Block(nnx.Module):
                 q, k, v, rows.segments, causal=True, implementation=implementation, mesh=mesh
             )
         else:
-            heads = paged.attend_piece(q, k_pages, v_pages, table, rows.positions, mesh=mesh)
+            kernel = attention.paged_kernel(implementation, self.attn.head_dim)
+            heads = paged.attend_piece(q, k_pages, v_pages, table, rows.positions, implementation=kernel, mesh=mesh)
         x = x + self.attn.output(heads)
         return x + self.mlp(self.mlp_norm(x)), (k_pages, v_pages)
 

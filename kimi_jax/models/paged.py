@@ -6,11 +6,11 @@ t % p. Rows may share pages that none of them writes to any more. Page 0 fills u
 
     p = 4, row b has 6 tokens      table[b] = 7 2 0     page 7: tokens 0 1 2 3     page 2: tokens 4 5 . .
 
-Implementations of decoding, chosen by name:
+Implementations, chosen by name:
 
     xla   everywhere: a loop over blocks of pages, as many as the longest row needs
-    gpu   NVIDIA GPUs, 16-bit types: Pallas kernels of our own (`models.paged_gpu`)
-    tpu   TPUs, head widths that are multiples of 128: the Pallas kernel that ships with JAX
+    gpu   NVIDIA GPUs, 16-bit types, head widths that are powers of 2: Pallas kernels of our own (`models.paged_gpu`)
+    tpu   TPUs, head widths that are multiples of 128: decoding by the Pallas kernel that ships with JAX, pieces by xla
     gpu_interpret, tpu_interpret   the same kernels, interpreted: how CPU tests run them
 
 On a mesh, rows are split over the axes data and fsdp, and with them the pages: a table holds page numbers within the
@@ -23,21 +23,27 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from jax.sharding import Mesh, PartitionSpec
+
+from kimi_jax.models import paged_gpu
 
 IMPLEMENTATIONS = ("xla", "gpu", "tpu", "gpu_interpret", "tpu_interpret")
 # Tokens per trip of the loop in XLA. On CPUs a block should stay in the caches; elsewhere every trip has its price.
 _DECODE_BLOCK = {"cpu": 32, "default": 256}
 _PIECE_BLOCK = {"cpu": 64, "default": 512}
-_TPU_LANES = 128  # the TPU kernel copies whole rows of vector registers
+TPU_LANES = 128  # the TPU kernel copies whole vector registers
 _TPU_BLOCK = 512  # tokens per step of the TPU kernel
 
 
-def choose_implementation(platform: str, *, dtype: str, head_dim: int) -> str:
-    """The fastest implementation that `platform` ("cpu", "gpu", "tpu") has for such keys and values."""
-    if platform == "tpu" and head_dim % _TPU_LANES == 0:
-        return "tpu"
-    return "gpu" if platform in ("gpu", "cuda") and dtype in ("bfloat16", "float16") else "xla"
+def takes(implementation: str, head_dim: int) -> bool:
+    """Whether `implementation` exists for this head width. Raises ValueError for one that does not exist at all."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"Paged attention {implementation!r} does not exist: choose from {', '.join(IMPLEMENTATIONS)}.")
+    if implementation.startswith("gpu"):
+        return head_dim >= paged_gpu.MIN_DOT and head_dim & (head_dim - 1) == 0
+    return implementation == "xla" or head_dim % TPU_LANES == 0
 
 
 def write(pages, new, table, positions, *, mesh: Mesh | None):
@@ -55,10 +61,17 @@ def decode_step(q, k, v, k_pages, v_pages, table, positions, *, implementation: 
     q [B, H, E], k and v [B, K, E], pools [K, N, p, E], table int32 [B, M], positions int32 [B] of the new tokens.
     Returns (heads [B, H, E], k_pages, v_pages). Query head h reads key/value head h // (H / K); the softmax is that of
     q·k / sqrt(E), in float32. A row with a negative position is finished: it writes nothing and its heads mean nothing,
-    but are finite. What a row gets does not depend on the other rows. Raises ValueError when `implementation` does not
-    exist, or not for these shapes and types.
+    but are finite. What a row gets does not depend on the other rows. Raises ValueError for an `implementation` that
+    does not exist or does not take this head width.
     """
-    step = _decode_function(implementation, k_pages)
+    _check(implementation, q)
+    interpret = implementation.endswith("_interpret")
+    if implementation.startswith("gpu"):
+        step = functools.partial(paged_gpu.decode_step, interpret=interpret)
+    elif implementation.startswith("tpu"):
+        step = functools.partial(_decode_tpu, interpret=interpret)
+    else:
+        step = _decode_xla
     step = _on_mesh(step, mesh, k_pages.shape[0], "heads heads heads pages pages rows rows", "heads pages pages")
     return step(q, k, v, k_pages, v_pages, table, positions)
 
@@ -69,23 +82,21 @@ def attend_piece(q, k_pages, v_pages, table, positions, *, implementation: str, 
     q [R, T, H, E], pools [K, N, p, E], which hold the keys and values of these tokens already, table int32 [R, M],
     positions int32 [R, T]. Returns [R, T, H, E], finite but meaningless where the position is negative (padding).
     """
-    attend = functools.partial(_attend_xla, blocks=_PIECE_BLOCK)
+    _check(implementation, q)
+    if implementation.startswith("gpu"):
+        attend = functools.partial(paged_gpu.attend_piece, interpret=implementation.endswith("_interpret"))
+    else:
+        attend = functools.partial(_attend_xla, blocks=_PIECE_BLOCK)
     attend = _on_mesh(attend, mesh, k_pages.shape[0], "heads pages pages rows rows", "heads")
     return attend(q, k_pages, v_pages, table, positions)
 
 
-def _decode_function(implementation, pages):
-    E = pages.shape[-1]
-    interpret = implementation.endswith("_interpret")
-    if implementation == "xla":
-        return _decode_xla
-    if implementation in ("tpu", "tpu_interpret"):
-        if E % _TPU_LANES:
-            raise ValueError(
-                f"Paged attention 'tpu' takes head widths that are multiples of {_TPU_LANES}, not {E}: use 'xla'."
-            )
-        return functools.partial(_decode_tpu, interpret=interpret)
-    raise ValueError(f"Paged attention {implementation!r} is none of {', '.join(IMPLEMENTATIONS)}.")
+def _check(implementation, q):
+    if not takes(implementation, q.shape[-1]):
+        raise ValueError(
+            f"Paged attention {implementation!r} does not take heads of width {q.shape[-1]}: 'gpu' takes powers of 2 from "
+            f"{paged_gpu.MIN_DOT} on, 'tpu' multiples of {TPU_LANES}, 'xla' any."
+        )
 
 
 def _on_mesh(function, mesh, K, takes: str, gives: str):
@@ -119,7 +130,7 @@ def _write(pages, new, table, positions):
     B = table.shape[0]
     new, at = new.reshape(B, -1, K, E), positions.reshape(B, -1)
     page = jnp.take_along_axis(table, jnp.maximum(at, 0) // p, axis=1)
-    # One index per vector of E values: that is a scatter which every backend does in place, without transposing pools.
+    # One index per vector of E values: a scatter that needs no transposed pool, so that it happens in place.
     vector = (jnp.arange(K)[:, None, None] * N + page[None]) * p + (at % p)[None]
     vector = jnp.where(at[None] < 0, K * N * p, vector)  # out of bounds: dropped
     flat = pages.reshape(K * N * p, E)
@@ -154,7 +165,7 @@ def _attend_blocks(q, k_pages, v_pages, table, positions, *, block: int):
     last = jnp.repeat(positions, H // K, axis=1)[None, :, :, None]  # that a query sees
 
     def body(carry):
-        i, o, m, l = carry  # noqa: E741 - o, m, l as in the paper: weighted sum of values, maximum, sum of weights
+        i, o, m, z = carry  # sum of weighted values, maximum of the logits, sum of weights
         ids = jax.lax.dynamic_slice_in_dim(table, i * n, n, axis=1)
         k, v = (pages.at[:, ids].get(mode="promise_in_bounds").reshape(K, R, S, E) for pages in (k_pages, v_pages))
         logits = jnp.einsum("krqe,krse->krqs", q, k, preferred_element_type=jnp.float32) * E**-0.5
@@ -162,27 +173,25 @@ def _attend_blocks(q, k_pages, v_pages, table, positions, *, block: int):
         logits = jnp.where(visible, logits, -jnp.inf)
         m_next = jnp.maximum(m, jnp.max(logits, axis=-1, keepdims=True))
         weights, decay = jnp.exp(logits - m_next), jnp.exp(m - m_next)
-        l = l * decay + jnp.sum(weights, axis=-1, keepdims=True)  # noqa: E741
+        z = z * decay + jnp.sum(weights, axis=-1, keepdims=True)
         o = o * decay + jnp.einsum("krqs,krse->krqe", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return i + 1, o, m_next, l
+        return i + 1, o, m_next, z
 
     blocks = jnp.max(positions) // S + 1
     zeros = jnp.zeros((*q.shape[:3], 1), jnp.float32)
     start = (jnp.int32(0), jnp.zeros(q.shape, jnp.float32), zeros - jnp.inf, zeros)
-    _, o, _, l = jax.lax.while_loop(lambda carry: carry[0] < blocks, body, start)  # noqa: E741
-    heads = (o / l).astype(q.dtype).reshape(K, R, T, H // K, E)
+    _, o, _, z = jax.lax.while_loop(lambda carry: carry[0] < blocks, body, start)
+    heads = (o / z).astype(q.dtype).reshape(K, R, T, H // K, E)
     return jnp.moveaxis(heads, 0, 2).reshape(R, T, H, E)
 
 
 def _decode_tpu(q, k, v, k_pages, v_pages, table, positions, *, interpret):
-    from jax.experimental.pallas import tpu as pltpu
-    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
-
     k_pages, v_pages = _write(k_pages, k, table, positions), _write(v_pages, v, table, positions)
-    n = max(1, _TPU_BLOCK // k_pages.shape[2])
-    n = min(n, table.shape[1])
-    run = functools.partial(paged_attention, pages_per_compute_block=n)
+    n = min(max(1, _TPU_BLOCK // k_pages.shape[2]), table.shape[1])
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % n)))
+    scaled = q.astype(jnp.float32) * q.shape[-1] ** -0.5  # the kernel leaves scaling to us, and computes in float32
     with pltpu.force_tpu_interpret_mode() if interpret else contextlib.nullcontext():
-        heads = run(q * q.shape[-1] ** -0.5, k_pages, v_pages, jnp.maximum(positions, 0) + 1, table)
+        heads = paged_attention(
+            scaled, k_pages, v_pages, jnp.maximum(positions, 0) + 1, table, pages_per_compute_block=n
+        )
     return heads.astype(q.dtype), k_pages, v_pages

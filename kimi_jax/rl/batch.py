@@ -22,14 +22,15 @@ def build_minibatches(
     patch_dim: int,
     merge: int,
     image_id: int,
-    oldest_version: int = -1,
+    oldest_version: int,
 ) -> list[list[RLBatch]]:
     """Splits groups into mini-batches (one update each) and those into micro-batches of fixed shape (NumPy arrays).
 
     rewards, advantages: per group float [k], nan where a response is ungradable; those responses are left out, and a
     group of fewer than two others is left out whole (k1.5 §2.3.2; the caller counts them). Groups keep their order and
     are dealt out in turn. rows, row_tokens, row_patches: shape of a micro-batch; responses: N, its capacity in
-    responses. Tokens that a version before `oldest_version` sampled carry no loss (k1.5 §2.6.2). The number of micro-batches varies, their shape does not, so nothing recompiles.
+    responses. Tokens that a version before `oldest_version` sampled carry no loss (k1.5 §2.6.2). The number of
+    micro-batches varies, their shape does not, so nothing recompiles.
     """
     kept = [i for i in range(len(groups)) if np.isfinite(rewards[i]).sum() >= 2]
     out = []

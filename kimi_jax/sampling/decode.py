@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from kimi_jax.arrays import Drawn, PackedRows, Slots
 from kimi_jax.models.policy import Policy
+from kimi_jax.sampling import repetition
 from kimi_jax.sampling.logits import SamplingSettings, choose, rollout_keys
+from kimi_jax.sampling.repetition import RepetitionSettings, RepetitionState
 from kimi_jax.training.sharding import ROW_AXES
 
 P = jax.P
@@ -35,49 +37,54 @@ def fork(pages, source: jax.Array, target: jax.Array, *, mesh: jax.sharding.Mesh
     return jax.tree.map(lambda leaf: copy(leaf, source, target), pages)
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "steps"), donate_argnames=("pages",))
+@functools.partial(jax.jit, static_argnames=("policy", "steps"), donate_argnames=("pages", "repeated"))
 def decode(
     params: dict,
     pages,
+    repeated: RepetitionState,
     slots: Slots,
     run_key: jax.Array,
     settings: SamplingSettings,
+    repetition_settings: RepetitionSettings,
     enough: jax.Array,
     *,
     policy: Policy,
     steps: int,
-) -> tuple[tuple, Drawn]:
+) -> tuple[tuple, RepetitionState, Drawn]:
     """Up to `steps` more tokens for every live row; left early once no more than `enough` rows live.
 
-    Returns the cache, updated in place, and what was drawn.
+    Returns the cache and what is known of repetitions, updated in place, and what was drawn.
     """
     B = slots.serials.shape[0]
 
     def step(carry):
-        i, pages, token, lengths, live, tokens, logprobs, ended = carry
+        i, pages, repeated, token, lengths, live, drawn = carry
         positions = jnp.where(live, slots.positions + i, -1)
         logits, pages = policy.decode(params, pages, slots.table, token, positions)
         token, logprob = choose(logits, rollout_keys(run_key, slots.serials, lengths), settings)
-        tokens = tokens.at[:, i].set(jnp.where(live, token, 0))
-        logprobs = logprobs.at[:, i].set(jnp.where(live, logprob, 0.0))
+        repeated, repeats = repetition.update(repeated, token, live, repetition_settings)
+        ended = live & jnp.any(token[:, None] == settings.end_ids[None], axis=-1)
+        drawn = Drawn(
+            tokens=drawn.tokens.at[:, i].set(jnp.where(live, token, 0)),
+            logprobs=drawn.logprobs.at[:, i].set(jnp.where(live, logprob, 0.0)),
+            counts=drawn.counts + live,
+            ended=drawn.ended | ended,
+            repeats=drawn.repeats | repeats,
+        )
         lengths = lengths + live
-        ended = ended | live & jnp.any(token[:, None] == settings.end_ids[None], axis=-1)
-        live = live & ~ended & (lengths < slots.budgets)
-        return i + 1, pages, token, lengths, live, tokens, logprobs, ended
+        live = live & ~ended & ~repeats & (lengths < slots.budgets)
+        return i + 1, pages, repeated, token, lengths, live, drawn
 
-    start = (
-        jnp.int32(0),
-        pages,
-        slots.last_token,
-        slots.lengths,
-        slots.live,
-        jnp.zeros((B, steps), jnp.int32),
-        jnp.zeros((B, steps), jnp.float32),
-        jnp.zeros(B, bool),
+    nothing = Drawn(
+        tokens=jnp.zeros((B, steps), jnp.int32),
+        logprobs=jnp.zeros((B, steps), jnp.float32),
+        counts=jnp.zeros(B, jnp.int32),
+        ended=jnp.zeros(B, bool),
+        repeats=jnp.zeros(B, bool),
     )
-    go_on = lambda carry: (carry[0] < steps) & (jnp.sum(carry[4]) > enough)  # noqa: E731
-    _, pages, _, lengths, _, tokens, logprobs, ended = jax.lax.while_loop(go_on, step, start)
-    drawn = Drawn(tokens, logprobs, lengths - slots.lengths, ended, jnp.zeros(B, bool))
+    start = (jnp.int32(0), pages, repeated, slots.last_token, slots.lengths, slots.live, nothing)
+    go_on = lambda carry: (carry[0] < steps) & (jnp.sum(carry[5]) > enough)  # noqa: E731
+    _, pages, repeated, _, _, _, drawn = jax.lax.while_loop(go_on, step, start)
     if policy.mesh is not None:  # every process looks at all rows
         drawn = jax.lax.with_sharding_constraint(drawn, jax.NamedSharding(policy.mesh, P()))
-    return pages, drawn
+    return pages, repeated, drawn

@@ -7,8 +7,10 @@ per bucket of lengths, with and without images, at the beginning of a sequence a
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from kimi_jax.data.packing import pack_rows
 from kimi_jax.models.policy import Policy
 from kimi_jax.sampling.flight import Flight
 from kimi_jax.sampling.logits import SamplingSettings
+from kimi_jax.sampling.repetition import RepetitionSettings
 from kimi_jax.training import sharding
 from kimi_jax.types import Example, Prompt, Request, Rollout, Segment, StopReason
 
@@ -32,7 +35,8 @@ class Engine:
     rows: slots, hence responses in flight. prompt_tokens, prompt_patches, max_tokens: the longest prompt and response.
     page: tokens per page of the cache. pages: how many there are; None: enough for every slot at full length.
     prefill_tokens: of one prefill call, and the longest piece in which a sequence is read. chunk: decode steps between
-    two looks at the host. put_rows: places arrays whose first axis is rows on the mesh.
+    two looks at the host. repetition_window, repetition: see `sampling.repetition`; window 0 switches it off. put_rows:
+    places arrays whose first axis is rows on the mesh.
     """
 
     policy: Policy
@@ -46,6 +50,8 @@ class Engine:
     pages: int | None
     prefill_tokens: int
     chunk: int
+    repetition_window: int = 0
+    repetition: RepetitionSettings = RepetitionSettings.of()
     put_rows: Callable = lambda tree: tree
 
     def __post_init__(self):
@@ -174,12 +180,8 @@ class Engine:
     def new_pages(self) -> tuple:
         """The cache. Raises MemoryError that names the knobs when the device has no room for it."""
         shapes = self.page_shapes()
-        make = jax.jit(
-            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
-            out_shardings=jax.tree.map(lambda s: s.sharding, shapes),
-        )
         try:
-            return jax.block_until_ready(make())
+            return jax.block_until_ready(_zeros(*jax.tree.flatten(shapes)))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -254,3 +256,12 @@ class Engine:
     def bucket(self, tokens: int) -> int:
         """The row length for a piece of so many tokens: a power of two, or prefill_tokens."""
         return min(max(_SMALLEST_BUCKET, 1 << (tokens - 1).bit_length()), max(self.prefill_tokens, _SMALLEST_BUCKET))
+
+
+def _zeros(shapes: list[jax.ShapeDtypeStruct], structure) -> Any:
+    return jax.tree.unflatten(structure, [_zero(s.shape, s.dtype, s.sharding)() for s in shapes])
+
+
+@functools.cache  # a new jitted function each time would be compiled each time
+def _zero(shape, dtype, sharding):
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from kimi_jax.arrays import PackedRows
-from kimi_jax.sampling import decode
+from kimi_jax.sampling import decode, repetition
 from kimi_jax.types import Prompt, Segment, StopReason
 
 if TYPE_CHECKING:
@@ -34,12 +34,14 @@ class Flight:
         self.engine, self.params, self.requests = engine, params, list(requests)
         self.chunks = 0  # decode chunks so far
         self.steps = 0  # decode steps so far
+        self.seconds = 0.0  # in `advance`
         self.prefilled_tokens = 0
         self.prefill_seconds = 0.0
         self.trace: list[tuple[np.ndarray, np.ndarray]] = []  # per chunk: the request in each slot or -1, tokens drawn
         self._draw_args = (run_key, settings)
         self._stop_strings = tuple(stop_strings)
         self._pages = engine.new_pages() if requests else None
+        self._repeated = engine.put_rows(repetition.start(engine.rows, window=engine.repetition_window))
         self._free = [_FreePages(engine.shard_pages) for _ in range(engine.shards)]
         self._slots = engine.empty_slots()
         self._rows: list[_Row | None] = [None] * engine.rows
@@ -50,6 +52,7 @@ class Flight:
             group.left += 1
         self._waiting = list(range(len(self.requests)))
         self._loads: list[_Load] = []
+        self._new: list[_Row] = []  # that took their slots since the last chunk
         self._fork_from = np.zeros(engine.rows, np.int32)
         self._fork_to = np.zeros(engine.rows, np.int32)
 
@@ -59,6 +62,7 @@ class Flight:
 
     def advance(self) -> list[tuple[int, Segment]]:
         """One chunk. Returns what finished: (index of the request, what was added to it), in order of the requests."""
+        begin = time.perf_counter()
         self._admit()
         self._prefill()
         live = int(self._slots.live.sum())
@@ -67,11 +71,13 @@ class Flight:
             free_soon = max(1, self.engine.rows // _REFILL_SHARE)
             enough = np.int32(max(0, live - free_soon) if self._waiting else 0)
             slots = self.engine.put_rows(self._slots)
-            self._pages, drawn = decode.decode(
+            self._pages, self._repeated, drawn = decode.decode(
                 self.params,
                 self._pages,
+                self._repeated,
                 slots,
                 *self._draw_args,
+                self.engine.repetition,
                 enough,
                 policy=self.engine.policy,
                 steps=self.engine.chunk,
@@ -79,6 +85,7 @@ class Flight:
             finished = self._hand_out(jax.device_get(drawn))
         if self.done:
             self._pages = None
+        self.seconds += time.perf_counter() - begin
         return finished
 
     def peek(self, index: int) -> Segment:
@@ -127,8 +134,11 @@ class Flight:
         request, page, free = self.requests[index], self.engine.page, self._free[shard]
         shared = len(group.prompt.tokens) - 1 if group.members > 1 else 0
         own = -(-(len(request.prompt.tokens) + len(request.prefix) + request.budget) // page) - shared // page
-        common = -(-shared // page) if group.pages is None else 0
-        if own + common > len(free):
+        common = -(-shared // page)
+        fits = lambda: own + (common if group.pages is None else 0) <= len(free)  # noqa: E731
+        if not fits() and len(empty) * self.engine.shards == self.engine.rows:
+            self._forget_prompts(shard)  # nobody is here who would leave
+        if not fits():
             return False
         group.shard = shard
         if group.pages is None:
@@ -140,6 +150,7 @@ class Flight:
         slot = empty.pop()
         row = _Row(index, group, slot, shard, free.take(own))
         self._rows[slot] = row
+        self._new.append(row)
         tokens = np.concatenate([request.prompt.tokens, request.prefix]).astype(np.int32)
         table = np.array(group.pages[: shared // page] + row.pages, np.int32)
         self._slots.table[slot] = 0
@@ -163,6 +174,13 @@ class Flight:
             self._loaded(row)
         return True
 
+    def _forget_prompts(self, shard: int) -> None:
+        """Gives back the pages of prompts whose other members all wait; the next one reads its prompt again."""
+        for group in self._groups.values():
+            if group.shard == shard and group.left:
+                self._free[shard].give(group.pages)
+                group.shard = group.pages = group.load = None
+
     # --- prefill ---
 
     def _loaded(self, row: "_Row") -> None:
@@ -185,6 +203,7 @@ class Flight:
             self._prefill_call()
             calls += 1
         self._fork()
+        self._remember()
         if calls:
             jax.block_until_ready(self._pages)
             self.prefill_seconds += time.perf_counter() - begin
@@ -194,6 +213,18 @@ class Flight:
             arrays = self.engine.put_rows((self._fork_from, self._fork_to))
             self._pages = decode.fork(self._pages, *arrays, mesh=self.engine.policy.mesh)
             self._fork_from, self._fork_to = np.zeros_like(self._fork_from), np.zeros_like(self._fork_to)
+
+    def _remember(self) -> None:
+        """Brings what is known of repetitions up to date in the slots that were taken since."""
+        window = self.engine.repetition_window
+        if window and self._new:
+            written = [np.zeros(0, np.int32)] * self.engine.rows
+            slots = np.full(self.engine.rows, self.engine.rows, np.int32)  # out of range: left as it is
+            for n, row in enumerate(self._new):
+                written[n], slots[n] = self.requests[row.index].prefix, row.slot
+            tails = repetition.tails(written, self.engine.repetition, window=window)
+            self._repeated = _refresh(self._repeated, slots, tails, self.engine.repetition)
+        self._new = []
 
     def _prefill_call(self) -> None:
         """The next piece of the first load, and of as many others of the same shape as one call takes."""
@@ -268,6 +299,9 @@ class Flight:
             free.give(group.pages)
         self._rows[row.slot] = None
         self._slots.live[row.slot] = False
+
+
+_refresh = jax.jit(repetition.refresh, donate_argnames="state")
 
 
 class _FreePages:

@@ -3,12 +3,15 @@
 The tree is locked: a misspelt key is refused with the nearest valid one. Only `trainers/` and `scripts/` read a config.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
+
+from kimi_jax.sampling.repetition import RepetitionSettings
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -54,12 +57,21 @@ def default_config() -> ml_collections.ConfigDict:
     config.rl.micro_rows = 16
     config.rl.temperature = 1.0
     config.rl.tau = 0.05  # τ, strength of the pull towards π_i
+    # Partial rollouts (k1.5 §2.6.2): rl.rollout says what these do.
+    config.rl.segment_tokens = config_dict.placeholder(int)  # a response may grow by per iteration; None: to its end
+    config.rl.max_segment_lag = config_dict.placeholder(int)  # older tokens carry no loss; None: all do
+    config.rl.max_age = config_dict.placeholder(int)  # iterations after which an open response is cut; None: never
+    config.rl.oversubscribe = 0.0  # problems ahead, per problem of an iteration, which then ends with enough groups
+    config.rl.verifier = ml_collections.ConfigDict()
+    config.rl.verifier.workers = 2  # processes that judge responses; 0: in this one
+    config.rl.verifier.deadline_s = 10.0  # for one response; then it is ungradable
     config.rl.form = "sequence"  # or length_normalized, token: losses.mirror_descent
     config.rl.baseline = "mean"  # or log_z
     config.rl.reset_optimizer = True  # fresh moments each iteration (k1.5 §2.3.2)
     config.rl.permute_advantages = False  # control: shuffles the advantages within each group, so learning must vanish
     config.rl.length_weight = 0.0  # of the length reward
     config.rl.length_warmup = 20  # iterations before the length reward starts
+    config.rl.repetition_penalty = 0.0  # taken off the reward of a response that was stopped for repeating itself
     config.rl.curriculum = "uniform"  # or hard_after: rl.prompts
     config.rl.curriculum_iterations = 20
     config.rl.hard_difficulty = 3
@@ -99,6 +111,10 @@ def default_config() -> ml_collections.ConfigDict:
     config.sampling.page = 16  # tokens per page of the KV cache
     config.sampling.pages = config_dict.placeholder(int)  # how many there are; None: enough for all rows at full length
     config.sampling.prefill_tokens = 1_024  # of one prefill call
+    config.sampling.repetition = ml_collections.ConfigDict()  # when a response repeats itself: sampling.repetition
+    config.sampling.repetition.window = 0  # tokens that it is watched over; 0: not at all
+    for name, value in dataclasses.asdict(RepetitionSettings.of()).items():
+        config.sampling.repetition[name] = value.item()
 
     config.eval = ml_collections.ConfigDict()
     config.eval.report_groups = 12  # problems of each kind shown in the report, with rl.responses responses each

@@ -1,8 +1,9 @@
 """The loop over data that the policy makes: online policy mirror descent (k1.5 §2.3).
 
     hand-over     masters -> rollout copy of the weights
-    rollout       problems by curriculum and success rate, k responses each
-    verification  correct | wrong | ungradable -> success rates -> shaped rewards -> advantages r_j - b
+    rollout       open responses of earlier iterations, and k responses to each of the problems drawn by curriculum and
+                  success rate; judged in other processes meanwhile; the unfinished go into the replay buffer (§2.6.2)
+    rewards       correct | wrong | ungradable -> success rates -> shaped rewards -> advantages r_j - b
     update        score under π_i, then one optimizer step per mini-batch, then drop the moments
     hand-over ...
 
@@ -21,17 +22,20 @@ from kimi_jax import evals
 from kimi_jax.arrays import RLBatch, TrainState
 from kimi_jax.losses.mirror_descent import Baseline, baseline, surrogate_loss
 from kimi_jax.rewards.length import length_weight, shaped_rewards
+from kimi_jax.rewards.pool import VerifierPool
 from kimi_jax.rl.batch import build_minibatches
 from kimi_jax.rl.prompts import PromptSampler
+from kimi_jax.rl.replay_buffer import ReplayBuffer
+from kimi_jax.rl.rollout import collect
 from kimi_jax.sampling.handover import num_bytes
 from kimi_jax.sampling.logits import SamplingSettings
-from kimi_jax.tasks import get_task
+from kimi_jax.tasks import get_task, verify
 from kimi_jax.trainers.interrupt import Interrupted, StopRequest
 from kimi_jax.trainers.setup import EVALUATION, ROLLOUT, Setup
 from kimi_jax.training.checkpoint import Checkpointer
 from kimi_jax.training.metrics import MetricsWriter, Stopwatch, progress
 from kimi_jax.training.step import Stepper, check_finite
-from kimi_jax.types import Outcome, RolloutGroup, StopReason
+from kimi_jax.types import Outcome, StopReason
 
 
 def loss_fn(logprobs, batch: RLBatch, hyper, *, form):
@@ -64,18 +68,28 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
     # --- state: from SFT, or from the last checkpoint
     state = setup.new_state(params, None if config.reset_optimizer else stepper.init_optimizer(params))
     serial = 0
+    buffer = ReplayBuffer()
     rollout_params = None
-    with Checkpointer(
-        setup.workdir / "checkpoints" / "rl",
-        keep_last=config.keep_last,
-        keep_best=config.keep_best,
-        best_metric="accuracy" if config.keep_best else None,
-    ) as checkpoints:
+    with (
+        VerifierPool(verify, workers=config.verifier.workers, deadline_s=config.verifier.deadline_s) as verifiers,
+        Checkpointer(
+            setup.workdir / "checkpoints" / "rl",
+            keep_last=config.keep_last,
+            keep_best=config.keep_best,
+            best_metric="accuracy" if config.keep_best else None,
+        ) as checkpoints,
+    ):
         start = checkpoints.latest_step() or 0
         if start:
-            _, saved, meta = checkpoints.restore({"state": state, "prompts": prompt_sampler.state()})
+            like = {
+                "state": state,
+                "prompts": prompt_sampler.state(),
+                "buffer": buffer.like(checkpoints.read_meta()["buffer"]),
+            }
+            _, saved, meta = checkpoints.restore(like)
             state, serial = saved["state"], meta["serial"]
             prompt_sampler.restore(saved["prompts"])
+            buffer.restore(saved["buffer"], problems=len(setup.train))
         writer.cut_back(start)
 
         watch = Stopwatch()
@@ -85,40 +99,47 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
             with watch("handover"):
                 rollout_params = jax.block_until_ready(setup.to_rollout(state.params, rollout_params))
 
-            # --- rollout
-            with watch("rollout"):
-                chosen = prompt_sampler.draw(iteration, config.problems)
-                rollouts = setup.engine.generate(
-                    rollout_params,
-                    [prompts[int(i)] for i in chosen],
-                    k=config.responses,
-                    first_serial=serial,
-                    run_key=setup.key(ROLLOUT),
-                    settings=settings,
-                    policy_version=iteration,
-                )
-                serial += config.problems * config.responses
+            # --- rollout: as many new problems as an iteration trains on, and at first what is to be ahead of it
+            ahead = round(config.oversubscribe * config.problems)
+            chosen = prompt_sampler.draw(iteration, config.problems + max(ahead - len(buffer.groups), 0))
+            collected = collect(
+                buffer,
+                chosen,
+                engine=setup.engine,
+                params=rollout_params,
+                problems=setup.train,
+                prompts=prompts,
+                submit=verifiers.submit,
+                k=config.responses,
+                iteration=iteration,
+                first_serial=serial,
+                segment_tokens=config.segment_tokens,
+                enough=config.problems if ahead else None,
+                max_age=config.max_age,
+                run_key=setup.key(ROLLOUT),
+                settings=settings,
+            )
+            groups = collected.groups
+            serial += len(chosen) * config.responses
 
-            # --- verification
-            with watch("verification"):
-                groups = [
-                    evals.judge(RolloutGroup(setup.train[i], prompts[int(i)], group))
-                    for i, group in zip(chosen, rollouts, strict=True)
-                ]
-                for i, group in zip(chosen, groups, strict=True):
-                    outcomes = [verdict.outcome for verdict in group.verdicts]
-                    gradable = len(outcomes) - outcomes.count(Outcome.UNGRADABLE)
-                    prompt_sampler.update(int(i), outcomes.count(Outcome.CORRECT), gradable)
-                weight = length_weight(iteration, weight=config.length_weight, warmup_iterations=config.length_warmup)
-                rewards = [
-                    shaped_rewards(g.verdicts, [len(r) for r in g.rollouts], length_weight=weight)[0] for g in groups
-                ]
-                advantages = [_advantages(r, kind=config.baseline, tau=config.tau) for r in rewards]
-                if config.permute_advantages:
-                    rng = np.random.default_rng((setup.config.seed, iteration, 1))  # 1: not the stream of the draws
-                    advantages = [_permuted(a, rng) for a in advantages]
+            # --- rewards
+            for i, group in zip(collected.problems, groups, strict=True):
+                outcomes = [verdict.outcome for verdict in group.verdicts]
+                gradable = len(outcomes) - outcomes.count(Outcome.UNGRADABLE)
+                prompt_sampler.update(i, outcomes.count(Outcome.CORRECT), gradable)
+            weight = length_weight(iteration, weight=config.length_weight, warmup_iterations=config.length_warmup)
+            rewards = [
+                shaped_rewards(g.verdicts, [len(r) for r in g.rollouts], length_weight=weight)[0]
+                - config.repetition_penalty * np.array([r.stop == StopReason.REPETITION for r in g.rollouts])
+                for g in groups
+            ]
+            advantages = [_advantages(r, kind=config.baseline, tau=config.tau) for r in rewards]
+            if config.permute_advantages:
+                rng = np.random.default_rng((setup.config.seed, iteration, 1))  # 1: not the stream of the draws
+                advantages = [_permuted(a, rng) for a in advantages]
 
             # --- update
+            oldest_version = 0 if config.max_segment_lag is None else iteration - config.max_segment_lag
             with watch("update"):
                 minibatches = build_minibatches(
                     groups,
@@ -127,6 +148,7 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
                     minibatches=config.updates,
                     rows=config.micro_rows,
                     responses=config.micro_rows * config.responses,
+                    oldest_version=oldest_version,
                     **setup.packing,
                 )
                 state, updates = _update(setup, stepper, state, minibatches)
@@ -134,8 +156,10 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
             # --- metrics, checkpoint
             for update in updates:
                 check_finite(update, f"RL iteration {iteration + 1}")
-            metrics = _metrics(groups, rewards, updates, watch.pop())
+            metrics = _metrics(groups, rewards, updates, oldest_version=oldest_version) | collected.metrics
+            metrics |= {f"seconds_{phase}": s for phase, s in watch.pop().items()}
             metrics["handover_bytes"] = num_bytes(rollout_params)
+            metrics["missed_deadlines"] = verifiers.missed_deadlines
             done = iteration + 1
             last = done == config.iterations
             stopping = stop.requested  # looked at once: a request that comes later waits for the next iteration
@@ -145,10 +169,9 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
             bar.set_postfix(accuracy=f"{metrics['accuracy']:.2f}", tokens=f"{metrics['response_length']:.0f}")
             bar.update(1)
             if done % config.checkpoint_every == 0 or last or stopping:
-                arrays = {"state": state, "prompts": prompt_sampler.state()}
-                checkpoints.save(
-                    done, arrays, {"serial": serial}, {"accuracy": metrics["accuracy"]}, wait=last or stopping
-                )
+                arrays = {"state": state, "prompts": prompt_sampler.state(), "buffer": buffer.state()}
+                meta = {"serial": serial, "buffer": buffer.sizes()}
+                checkpoints.save(done, arrays, meta, {"accuracy": metrics["accuracy"]}, wait=last or stopping)
             if stopping and not last:
                 raise Interrupted(f"RL stopped and saved at iteration {done} of {config.iterations}")
         bar.close()
@@ -195,37 +218,51 @@ def _permuted(advantages: np.ndarray, rng) -> np.ndarray:
     return out
 
 
-def _metrics(groups, rewards, updates, seconds) -> dict:
-    """What an iteration was like. Means over responses unless the name says otherwise."""
+def _metrics(groups, rewards, updates, *, oldest_version: int) -> dict:
+    """What an iteration was like. Means over responses unless the name says otherwise; nan without any."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    outcomes = np.array([[verdict.outcome == Outcome.CORRECT for verdict in group.verdicts] for group in groups])
-    kinds = np.array([get_task(group.problem.task).kind for group in groups])
+    verdicts = [verdict.outcome for group in groups for verdict in group.verdicts]
+    outcomes = [[verdict.outcome == Outcome.CORRECT for verdict in group.verdicts] for group in groups]
+    kinds = [get_task(group.problem.task).kind for group in groups]
+    masked = [rollout.versions < oldest_version for rollout in rollouts]
     total = lambda name: sum(float(update[name]) for update in updates)  # noqa: E731
+    highest = lambda name: max((float(update[name]) for update in updates), default=0.0)  # noqa: E731
     tokens = max(total("tokens"), 1.0)
-    metrics = {
-        "reward": float(np.nanmean(np.stack(rewards))),
-        "accuracy": float(outcomes.mean()),
-        **{f"accuracy_{kind}": float(outcomes[kinds == kind].mean()) for kind in sorted(set(kinds))},
-        "response_length": float(np.mean([len(rollout) for rollout in rollouts])),
-        "truncated": float(np.mean([rollout.stop == StopReason.LENGTH for rollout in rollouts])),
-        "ungradable": float(np.mean([v.outcome == Outcome.UNGRADABLE for group in groups for v in group.verdicts])),
-        "groups_all_right": float(outcomes.all(axis=1).mean()),
-        "groups_all_wrong": float((~outcomes.any(axis=1)).mean()),
-        "groups_dropped": float(np.mean([np.isfinite(r).sum() < 2 for r in rewards])),
+    return {
+        "reward": _mean([r for group in rewards for r in group if np.isfinite(r)]),
+        "accuracy": _mean(sum(outcomes, [])),
+        **{
+            f"accuracy_{kind}": _mean(
+                [o for group, other in zip(outcomes, kinds, strict=True) if other == kind for o in group]
+            )
+            for kind in sorted(set(kinds))
+        },
+        "groups": len(groups),
+        "response_length": _mean([len(rollout) for rollout in rollouts]),
+        "truncated": _mean([rollout.stop == StopReason.LENGTH for rollout in rollouts]),
+        "repetitive": _mean([rollout.stop == StopReason.REPETITION for rollout in rollouts]),
+        "ungradable": _mean([outcome == Outcome.UNGRADABLE for outcome in verdicts]),
+        "groups_all_right": _mean([all(group) for group in outcomes]),
+        "groups_all_wrong": _mean([not any(group) for group in outcomes]),
+        "groups_dropped": _mean([np.isfinite(r).sum() < 2 for r in rewards]),
+        "tokens_masked": _mean(np.concatenate([np.zeros(0), *masked])),
+        "responses_masked": _mean([m.all() for m in masked]),
         "entropy": total("entropy") / tokens,
         "kl": total("kl") / tokens,
         "logprob_gap": total("logprob_gap") / tokens,
-        "max_logprob_gap": max((float(update["max_logprob_gap"]) for update in updates), default=0.0),
+        "max_logprob_gap": highest("max_logprob_gap"),
         "first_log_ratio": float(updates[0]["max_log_ratio"]) if updates else 0.0,
-        "max_log_ratio": max((float(update["max_log_ratio"]) for update in updates), default=0.0),
+        "max_log_ratio": highest("max_log_ratio"),
         "regularizer": total("regularizer"),
         "grad_norm": total("grad_norm") / max(len(updates), 1),
         "first_update_norm": float(updates[0]["update_norm"]) if updates else 0.0,
         "learning_rate": float(updates[-1]["learning_rate"]) if updates else 0.0,
         "updates": len(updates),
-        "tokens_per_second": sum(len(rollout) for rollout in rollouts) / seconds["rollout"],
     }
-    return metrics | {f"seconds_{phase}": s for phase, s in seconds.items()}
+
+
+def _mean(values) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")
 
 
 def _evaluate(setup: Setup, params) -> dict:

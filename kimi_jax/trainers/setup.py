@@ -21,6 +21,7 @@ from kimi_jax.models.config import ModelConfig, named_size
 from kimi_jax.models.policy import Policy
 from kimi_jax.sampling.engine import Engine
 from kimi_jax.sampling.handover import make_handover
+from kimi_jax.sampling.repetition import RepetitionSettings
 from kimi_jax.tasks import get_task
 from kimi_jax.tasks.base import make_problems
 from kimi_jax.training import optim, sharding
@@ -193,11 +194,19 @@ def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setup:
     )
 
 
+def engine_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The fields of an `Engine` that the config gives."""
+    options = dict(config.sampling)
+    repetition = dict(options.pop("repetition"))
+    window = repetition.pop("window")
+    return options | {"repetition_window": window, "repetition": RepetitionSettings.of(**repetition)}
+
+
 def make_engine(config, mesh, policy: Policy, tokenizer: Tokenizer, **changes) -> Engine:
     return Engine(
         policy=policy,
         image_id=tokenizer.image_id,
         decode_text=tokenizer.decode,
         put_rows=functools.partial(sharding.put_rows, mesh),
-        **dict(config.sampling) | changes,
+        **engine_options(config) | changes,
     )
