@@ -25,6 +25,7 @@ from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.sampling import repetition
 from kimi_jax.tasks import TASKS
 from kimi_jax.tasks.base import make_problems
+from kimi_jax.trainers.config import default_config
 
 LENGTH = 4096  # tokens of a response
 _ROWS = 20
@@ -226,7 +227,9 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=8000)
     parser.add_argument("--texts", type=int, default=200, help="most files of a kind; made-up texts: a tenth of it")
     args = parser.parse_args()
-    settings = repetition.RepetitionSettings.of(**args.settings)
+    defaults = dict(default_config().sampling.repetition)
+    defaults.pop("window")
+    settings = repetition.RepetitionSettings.of(**defaults | args.settings)
 
     rng = np.random.default_rng(0)
     corpora = natural_texts(2 * args.texts, rng)

@@ -24,6 +24,10 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run. A run that is there resumes.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the resolved config, batch arithmetic and memory plan, and stop.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "With --dry_run: also compile for this TPU slice, such as v5e:16x16.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes that train together; see the README.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "With --distributed: host:port of process 0.")
+PROCESSES = flags.DEFINE_integer("processes", None, "With --distributed: how many processes there are.")
+PROCESS = flags.DEFINE_integer("process", None, "With --distributed: which of them this is, from 0.")
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from even if it is one in what was given.")
 
 
@@ -51,6 +55,13 @@ def run(argv: list[str]) -> None:
 
         print(plan.describe(config))
         return
+
+    if DISTRIBUTED.value:
+        from kimi_jax.training import distributed
+
+        distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    elif not (COORDINATOR.value is PROCESSES.value is PROCESS.value is None):
+        raise ValueError("--coordinator, --processes and --process belong to --distributed, which is missing.")
 
     from kimi_jax.trainers import pipeline
     from kimi_jax.trainers.interrupt import Interrupted

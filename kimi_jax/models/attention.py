@@ -56,4 +56,4 @@ def packed_mask(segments, *, causal: bool):
 def paged_kernel(implementation: str, head_dim: int) -> str:
     """What goes with `implementation` over the cache: a name of `models.paged`."""
     kernel = {"cudnn": "gpu", "splash": "tpu"}.get(implementation, "xla")
-    return "xla" if kernel == "tpu" and head_dim % paged.TPU_LANES else kernel
+    return kernel if paged.takes(kernel, head_dim) else "xla"

@@ -20,29 +20,27 @@ part of the pool that its row shares a device with. Heads are split over tensor 
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from jax.sharding import Mesh, PartitionSpec
-
-from kimi_jax.models import paged_gpu
 
 IMPLEMENTATIONS = ("xla", "gpu", "tpu", "gpu_interpret", "tpu_interpret")
 # Tokens per trip of the loop in XLA. On CPUs a block should stay in the caches; elsewhere every trip has its price.
 _DECODE_BLOCK = {"cpu": 32, "default": 256}
 _PIECE_BLOCK = {"cpu": 64, "default": 512}
 TPU_LANES = 128  # the TPU kernel copies whole vector registers
+_GPU_WIDTH = 16  # the least that tensor cores multiply
 _TPU_BLOCK = 512  # tokens per step of the TPU kernel
 
 
 def takes(implementation: str, head_dim: int) -> bool:
     """Whether `implementation` exists for this head width. Raises ValueError for one that does not exist at all."""
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"Paged attention {implementation!r} does not exist: choose from {', '.join(IMPLEMENTATIONS)}.")
+        raise ValueError(f"No paged attention is called {implementation!r}: choose from {', '.join(IMPLEMENTATIONS)}.")
     if implementation.startswith("gpu"):
-        return head_dim >= paged_gpu.MIN_DOT and head_dim & (head_dim - 1) == 0
+        return head_dim >= _GPU_WIDTH and head_dim & (head_dim - 1) == 0
     return implementation == "xla" or head_dim % TPU_LANES == 0
 
 
@@ -67,7 +65,9 @@ def decode_step(q, k, v, k_pages, v_pages, table, positions, *, implementation: 
     _check(implementation, q)
     interpret = implementation.endswith("_interpret")
     if implementation.startswith("gpu"):
-        step = functools.partial(paged_gpu.decode_step, interpret=interpret)
+        from kimi_jax.models import paged_gpu
+
+        step: Callable = functools.partial(paged_gpu.decode_step, interpret=interpret)
     elif implementation.startswith("tpu"):
         step = functools.partial(_decode_tpu, interpret=interpret)
     else:
@@ -84,7 +84,9 @@ def attend_piece(q, k_pages, v_pages, table, positions, *, implementation: str, 
     """
     _check(implementation, q)
     if implementation.startswith("gpu"):
-        attend = functools.partial(paged_gpu.attend_piece, interpret=implementation.endswith("_interpret"))
+        from kimi_jax.models import paged_gpu
+
+        attend: Callable = functools.partial(paged_gpu.attend_piece, interpret=implementation.endswith("_interpret"))
     else:
         attend = functools.partial(_attend_xla, blocks=_PIECE_BLOCK)
     attend = _on_mesh(attend, mesh, k_pages.shape[0], "heads pages pages rows rows", "heads")
@@ -94,8 +96,8 @@ def attend_piece(q, k_pages, v_pages, table, positions, *, implementation: str, 
 def _check(implementation, q):
     if not takes(implementation, q.shape[-1]):
         raise ValueError(
-            f"Paged attention {implementation!r} does not take heads of width {q.shape[-1]}: 'gpu' takes powers of 2 from "
-            f"{paged_gpu.MIN_DOT} on, 'tpu' multiples of {TPU_LANES}, 'xla' any."
+            f"Paged attention {implementation!r} does not take heads of width {q.shape[-1]}: 'gpu' takes powers of 2 "
+            f"from {_GPU_WIDTH} on, 'tpu' multiples of {TPU_LANES}, 'xla' any."
         )
 
 
@@ -186,11 +188,14 @@ def _attend_blocks(q, k_pages, v_pages, table, positions, *, block: int):
 
 
 def _decode_tpu(q, k, v, k_pages, v_pages, table, positions, *, interpret):
+    from jax.experimental.pallas import tpu
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
     k_pages, v_pages = _write(k_pages, k, table, positions), _write(v_pages, v, table, positions)
     n = min(max(1, _TPU_BLOCK // k_pages.shape[2]), table.shape[1])
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % n)))
     scaled = q.astype(jnp.float32) * q.shape[-1] ** -0.5  # the kernel leaves scaling to us, and computes in float32
-    with pltpu.force_tpu_interpret_mode() if interpret else contextlib.nullcontext():
+    with tpu.force_tpu_interpret_mode() if interpret else contextlib.nullcontext():
         heads = paged_attention(
             scaled, k_pages, v_pages, jnp.maximum(positions, 0) + 1, table, pages_per_compute_block=n
         )

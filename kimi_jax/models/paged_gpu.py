@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-MIN_DOT = 16  # the fewest rows and columns that tensor cores multiply
+_MIN_DOT = 16  # the fewest rows and columns that tensor cores multiply
 _LOG2_E = math.log2(math.e)  # weights are powers of 2, for which GPUs have an instruction
 
 
@@ -78,7 +78,7 @@ def _split_kernel(q_ref, k_ref, v_ref, k_pages_in, v_pages_in, table, positions,
     @pl.when(first | (begin < position))
     def attend():
         # Tensor cores want more rows than there are query heads: the last head is computed, and written, repeatedly.
-        group = jnp.minimum(jnp.arange(pl.next_power_of_2(max(G, MIN_DOT))), G - 1)
+        group = jnp.minimum(jnp.arange(pl.next_power_of_2(max(G, _MIN_DOT))), G - 1)
         q, k_new, v_new = q_ref[b, kv, group], k_ref[b, kv], v_ref[b, kv]
         logits = jnp.sum(q.astype(jnp.float32) * k_new.astype(jnp.float32)[None], axis=1) * (E**-0.5 * _LOG2_E)
         m = jnp.where(first, logits, -jnp.inf)
@@ -112,7 +112,7 @@ def _merge_kernel(o_ref, m_ref, z_ref, positions, heads_ref, *, split, splits):
 def attend_piece(q, k_pages, v_pages, table, positions, *, interpret: bool):
     """`models.paged.attend_piece` on one device: FlashAttention over the pages of the row."""
     T = q.shape[1]
-    padding = -T % MIN_DOT
+    padding = -T % _MIN_DOT
     q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
     positions = jnp.pad(positions, ((0, 0), (0, padding)), constant_values=-1)
     queries = min(64, q.shape[1] & -q.shape[1])  # per program: a power of 2 that divides the piece

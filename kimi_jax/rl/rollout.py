@@ -23,9 +23,11 @@ import numpy as np
 from kimi_jax.rl.replay_buffer import ReplayBuffer
 from kimi_jax.sampling.engine import Engine
 from kimi_jax.sampling.logits import SamplingSettings
+from kimi_jax.training import distributed
 from kimi_jax.types import (
     OpenGroup,
     OpenResponse,
+    Outcome,
     Problem,
     Prompt,
     Request,
@@ -111,10 +113,9 @@ def collect(
     sampled = time.perf_counter()
 
     # --- release
-    for group in buffer.groups:
-        for response in group.responses:
-            if response.serial in tickets:
-                response.verdict = tickets[response.serial].result()
+    finished = [r for group in buffer.groups for r in group.responses if r.serial in tickets]
+    for response, verdict in zip(finished, _verdicts([tickets[r.serial] for r in finished]), strict=True):
+        response.verdict = verdict
     released = complete[:enough]
     buffer.groups = [group for group in buffer.groups if not any(group is other for other in released)]
     groups = [_rollout_group(group, problems, encoded, engine) for group in released]
@@ -122,6 +123,17 @@ def collect(
     return Collected(
         [group.problem for group in released], groups, seconds | _metrics(buffer, groups, flight, iteration)
     )
+
+
+def _verdicts(tickets: Sequence[Future[Verdict]]) -> list[Verdict]:
+    """All processes judge, and the first one decides: a deadline may be missed in one and not in another."""
+    verdicts = [ticket.result() for ticket in tickets]
+    outcomes = list(Outcome)
+    codes = distributed.agreed(np.array([outcomes.index(verdict.outcome) for verdict in verdicts], np.int32))
+    return [
+        verdict if verdict.outcome == outcomes[code] else Verdict(outcomes[code], "as judged by process 0")
+        for verdict, code in zip(verdicts, codes, strict=True)
+    ]
 
 
 def _extend(response: OpenResponse, segment: Segment, iteration: int, max_tokens: int) -> None:

@@ -51,7 +51,7 @@ class Engine:
     prefill_tokens: int
     chunk: int
     repetition_window: int = 0
-    repetition: RepetitionSettings = RepetitionSettings.of()
+    repetition: RepetitionSettings | None = None
     put_rows: Callable = lambda tree: tree
 
     def __post_init__(self):
@@ -77,8 +77,8 @@ class Engine:
     def shard_pages(self) -> int:
         """Pages of each shard of rows, the trash page among them."""
         rows = self.rows // self.shards
-        # Two rows that share a prompt shorter than a page hold three pages in place of two.
-        return 1 + (rows * self.row_pages + rows // 2 + 1 if self.pages is None else self.pages // self.shards)
+        # A row may hold one page more than it reads: that from which it copied the end of a shared prompt.
+        return 1 + (rows * (self.row_pages + 1) if self.pages is None else self.pages // self.shards)
 
     def check(self, prompt: Prompt, name: str) -> None:
         """Raises ValueError that names a prompt which does not fit, or which this model cannot read."""
@@ -95,6 +95,8 @@ class Engine:
                 raise ValueError(
                     f"The prompt of {name} has size {size}, the limit is {knob}={limit}. Raise {knob} or drop it."
                 )
+        if patches and prompt.tokens[-1] == self.image_id:
+            raise ValueError(f"The prompt of {name} ends with an image. Let a token of text follow, which is read last.")
 
     # --- sampling ---
 
@@ -112,6 +114,8 @@ class Engine:
         stop_strings: looked for at the ends of chunks; the response then ends with the token that completes one.
         Raises ValueError that names a request which cannot be answered.
         """
+        if "" in stop_strings:
+            raise ValueError("A stop string is empty, and so every response would stop at once. Drop it.")
         for i, request in enumerate(requests):
             name = f"request {i} of {len(requests)}"
             self.check(request.prompt, name)
@@ -124,8 +128,8 @@ class Engine:
             pages = -(-(len(request.prompt.tokens) + len(request.prefix) + request.budget) // self.page) + 1
             if pages >= self.shard_pages:
                 raise ValueError(
-                    f"{name} needs {pages} pages of {self.page} tokens, more than the {self.shard_pages - 1} that "
-                    f"there are. Raise sampling.pages."
+                    f"{name} may need {pages} pages of {self.page} tokens, and its shard of rows has "
+                    f"{self.shard_pages - 1}. Raise sampling.pages={self.pages} to at least {pages * self.shards}."
                 )
         return Flight(self, params, requests, run_key, settings, stop_strings)
 

@@ -98,6 +98,7 @@ class Flight:
         rest = [(row.index, row.segment(None)) for row in self._rows if row is not None]
         rest += [(index, _segment([], [], None)) for index in self._waiting]
         self._rows = [None] * self.engine.rows
+        self._slots.live[:] = False
         self._waiting, self._pages = [], None
         self._loads.clear()
         return sorted(rest, key=lambda item: item[0])

@@ -41,10 +41,8 @@ class RepetitionSettings:
     share: Any  # float32 [], of the last `window` tokens
 
     @classmethod
-    def of(
-        cls, *, min_tokens: int = 256, repeats: int = 3, span: int = 32, share: float = 0.98
-    ) -> "RepetitionSettings":
-        """Checks the values; the defaults are measured in docs/log.md. Raises ValueError that names the bad one."""
+    def of(cls, *, min_tokens: int, repeats: int, span: int, share: float) -> "RepetitionSettings":
+        """Checks the values; docs/log.md measures some. Raises ValueError that names the bad one."""
         if min_tokens < 1:
             raise ValueError(f"repetition min_tokens={min_tokens} must be at least 1.")
         if not 2 <= repeats <= 1000:
@@ -94,7 +92,7 @@ def update(
 
 
 def history(settings: RepetitionSettings, window: int) -> int:
-    """How many of the newest tokens decide the state: 1,536 with the default settings and a window of 512."""
+    """How many of the newest tokens decide the state: 1,536 with the settings of the config and a window of 512."""
     if window == 0:
         return 0
     loop = max(int(settings.min_tokens), (int(settings.repeats) - 1) * window)

@@ -3,15 +3,12 @@
 The tree is locked: a misspelt key is refused with the nearest valid one. Only `trainers/` and `scripts/` read a config.
 """
 
-import dataclasses
 import difflib
 from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
-
-from kimi_jax.sampling.repetition import RepetitionSettings
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -113,8 +110,11 @@ def default_config() -> ml_collections.ConfigDict:
     config.sampling.prefill_tokens = 1_024  # of one prefill call
     config.sampling.repetition = ml_collections.ConfigDict()  # when a response repeats itself: sampling.repetition
     config.sampling.repetition.window = 0  # tokens that it is watched over; 0: not at all
-    for name, value in dataclasses.asdict(RepetitionSettings.of()).items():
-        config.sampling.repetition[name] = value.item()
+    # At these a response of ordinary text is hardly ever stopped (docs/log.md).
+    config.sampling.repetition.min_tokens = 256
+    config.sampling.repetition.repeats = 3
+    config.sampling.repetition.span = 32
+    config.sampling.repetition.share = 0.98
 
     config.eval = ml_collections.ConfigDict()
     config.eval.report_groups = 12  # problems of each kind shown in the report, with rl.responses responses each

@@ -2,6 +2,8 @@
 
 import signal
 
+from kimi_jax.training import distributed
+
 
 class Interrupted(Exception):
     """The run was asked to stop, and has saved where it is."""
@@ -11,8 +13,13 @@ class StopRequest:
     """Within the context, the first SIGINT or SIGTERM sets `requested`; a second one acts as usual."""
 
     def __init__(self):
-        self.requested = False
+        self._heard = False
         self._previous = {}
+
+    @property
+    def requested(self) -> bool:
+        """Has process 0 been asked to stop? All processes ask at the same points of the program."""
+        return bool(distributed.agreed(self._heard))
 
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -24,6 +31,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number, frame):
-        self.requested = True
+        self._heard = True
         print("\nStopping: finishing this step and saving. Press Ctrl-C again to leave at once.", flush=True)
         signal.signal(number, self._previous[number])

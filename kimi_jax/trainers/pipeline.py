@@ -27,6 +27,7 @@ from kimi_jax.trainers import config as config_lib
 from kimi_jax.trainers import rl, supervised
 from kimi_jax.trainers.interrupt import StopRequest
 from kimi_jax.trainers.setup import EVALUATION, REPORT, Setup, build
+from kimi_jax.training import distributed
 from kimi_jax.training.metrics import MetricsWriter
 from kimi_jax.types import RolloutGroup
 
@@ -42,7 +43,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     setup = build(config, workdir)
     check_prompts(setup)
     problems = f"{len(setup.train)} train and {len(setup.heldout)} held-out problems"
-    print(f"{problems}, {setup.tokenizer.vocab_size} tokens, {device_name()}")
+    if distributed.is_first():
+        print(f"{problems}, {setup.tokenizer.vocab_size} tokens, {device_name()}")
 
     with StopRequest() as stop, clock:
         params = supervised.train(setup, stop)
@@ -56,6 +58,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
             "sft": sft,
             "rl": full_evaluation(setup, params),
         }
+    rl_groups = report_groups(setup, params)
+    if not distributed.is_first():
+        return summary
     metrics = MetricsWriter(workdir / "metrics.jsonl").read()
     report.write_curves(metrics, workdir / "curves.png")
     report.write_report(
@@ -63,7 +68,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
         title="kimi_jax: learning by online policy mirror descent",
         summary=summary,
         metrics=metrics,
-        groups={"SFT": sft_groups, "RL": report_groups(setup, params)},
+        groups={"SFT": sft_groups, "RL": rl_groups},
         config_text=str(config),
     )
     write_json(workdir / "summary.json", summary)
@@ -87,7 +92,9 @@ def prepare_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
                 )
             if differences:  # nothing is trained yet but the tokenizer, and that on what may be other problems now
                 (workdir / "tokenizer.model").unlink(missing_ok=True)
-        write_json(path, resolved)
+        distributed.meet("config compared")
+        if distributed.is_first():
+            write_json(path, resolved)
     except OSError as error:
         raise PermissionError(f"Cannot write to the workdir {workdir}: {error}. Choose another --workdir.") from error
 
@@ -146,8 +153,11 @@ def write_json(path: pathlib.Path, value) -> None:
 
 def _stored(path: pathlib.Path, compute) -> dict:
     """The result of an earlier attempt, if there is one."""
-    if not path.exists():
-        write_json(path, compute())
+    if not distributed.agreed(path.exists()):
+        result = compute()
+        if distributed.is_first():
+            write_json(path, result)
+        distributed.meet(path.name)
     return json.loads(path.read_text())
 
 
@@ -181,10 +191,11 @@ class _Clock:
     def __exit__(self, *exc_info) -> None:
         self._left.set()
         self._thread.join()
-        write_json(self.path, self.seconds())
+        if distributed.is_first():
+            write_json(self.path, self.seconds())
 
     def _note(self) -> None:
-        while True:
+        while distributed.is_first():
             write_json(self.path, self.seconds())
             if self._left.wait(1.0):
                 return

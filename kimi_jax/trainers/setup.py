@@ -24,7 +24,7 @@ from kimi_jax.sampling.handover import make_handover
 from kimi_jax.sampling.repetition import RepetitionSettings
 from kimi_jax.tasks import get_task
 from kimi_jax.tasks.base import make_problems
-from kimi_jax.training import optim, sharding
+from kimi_jax.training import distributed, optim, sharding
 from kimi_jax.training.step import LossFn, Stepper
 from kimi_jax.types import Problem
 
@@ -45,7 +45,12 @@ class Setup:
     to_rollout: Callable[[dict, dict | None], dict]
 
     def key(self, stream: int) -> jax.Array:
-        return jax.random.fold_in(jax.random.key(self.config.seed), stream)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), stream)
+        return (
+            key
+            if jax.process_count() == 1
+            else jax.random.wrap_key_data(sharding.replicate(self.mesh, jax.random.key_data(key)))
+        )
 
     @property
     def patching(self) -> dict[str, int]:
@@ -67,7 +72,7 @@ class Setup:
 
     def new_state(self, params: dict, opt_state: Any) -> TrainState:
         """At step 0. The counter lies on the mesh like the rest, and so it comes back from a checkpoint."""
-        step = jax.device_put(np.int32(0), jax.NamedSharding(self.mesh, jax.P()))
+        step = sharding.replicate(self.mesh, np.int32(0))
         return TrainState(params, opt_state, step)
 
     @property
@@ -173,11 +178,11 @@ def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setup:
     mesh = sharding.make_mesh(**config.mesh)
     train, heldout = make_problem_sets(config)
     path = workdir / "tokenizer.model"
-    if path.exists():
-        tokenizer = Tokenizer.load(path)
-    else:
+    if distributed.is_first() and not path.exists():
         texts = [text for problem in train for text in (problem.prompt, problem.solution)]
-        tokenizer = Tokenizer.train(texts, path, vocab_size=config.tokenizer.vocab_size)
+        Tokenizer.train(texts, path, vocab_size=config.tokenizer.vocab_size)
+    distributed.meet("tokenizer")
+    tokenizer = Tokenizer.load(path)
     policy = make_policy(config, mesh, model_config(config, tokenizer.vocab_size))
     engine = make_engine(config, mesh, policy, tokenizer)
     dtype = config.model.sampling_dtype or policy.config.dtype

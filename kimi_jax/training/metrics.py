@@ -13,6 +13,8 @@ from typing import Any
 
 import tqdm
 
+from kimi_jax.training import distributed
+
 # Seconds between two drawings of a bar: a terminal redraws one line, a log file gets a new one each time.
 _SECONDS_PER_REDRAW_TTY = 0.3
 _SECONDS_PER_REDRAW_LOG = 60.0
@@ -32,10 +34,12 @@ class MetricsWriter:
         self._tail_checked = False
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Appends a line. Floats keep every digit; NaN and infinities, which JSON lacks, become null.
+        """Appends a line, in the first of several processes. Floats keep every digit; NaN and infinities become null.
 
         Values are numbers, strings, booleans, None, or scalars of NumPy and jax; anything else raises ValueError.
         """
+        if not distributed.is_first():
+            return
         if "step" in metrics:
             raise ValueError("The metric name 'step' is taken by the first argument of `write`. Rename the metric.")
         line = json.dumps({"step": int(step)} | {name: _plain(name, value) for name, value in metrics.items()}) + "\n"
@@ -51,6 +55,8 @@ class MetricsWriter:
 
         The file is replaced as a whole: whenever the process is killed, the old one or the new one is there.
         """
+        if not distributed.is_first():
+            return
         self._replace([line for line, row in zip(self._lines(), self.read(), strict=True) if row["step"] <= step])
 
     def read(self) -> list[dict[str, Any]]:
@@ -102,6 +108,7 @@ def progress(iterable: Iterable | None = None, *, desc: str, total: int | None =
     interval = _SECONDS_PER_REDRAW_TTY if sys.stderr.isatty() else _SECONDS_PER_REDRAW_LOG
     return tqdm.tqdm(
         iterable,
+        disable=not distributed.is_first(),
         desc=desc,
         total=total,
         initial=initial,

@@ -82,8 +82,21 @@ def row_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def put_rows(mesh: Mesh, tree: Any) -> Any:
-    """Places arrays on the mesh as `row_shardings` says."""
-    return jax.device_put(tree, row_shardings(mesh, tree))
+    """Places host arrays on the mesh as `row_shardings` says. All processes give the same ones."""
+    return jax.tree.map(put, tree, row_shardings(mesh, tree))
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Places host arrays on the mesh, whole on every device."""
+    return jax.tree.map(lambda x: put(x, NamedSharding(mesh, P())), tree)
+
+
+def put(array: Any, sharding: NamedSharding) -> jax.Array:
+    """One host array onto the mesh. Each process sends its own part, and nobody compares."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def page_shapes(mesh: Mesh | None, shapes: Any) -> Any:

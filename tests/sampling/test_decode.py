@@ -1,12 +1,16 @@
 """The sampler against sampling without a cache: all of the sequence through the training path, for every token."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from kimi_jax.models.policy import Policy
 from kimi_jax.sampling import decode
+from kimi_jax.sampling.engine import Engine
 from kimi_jax.sampling.logits import SamplingSettings
+from kimi_jax.types import Request, StopReason
 from tests.helpers import (
     CONFIG,
     QUICK_COMPILE,
@@ -24,6 +28,7 @@ M = ENGINE.max_tokens
 PROMPTS = random_prompts()
 HIDDEN = jax.jit(Policy(CONFIG).hidden, compiler_options=QUICK_COMPILE)
 NEVER = CONFIG.vocab_size  # an id that no token has
+new_pages = Engine.new_pages
 
 
 def settings(*, temperature=0.0, end_ids=(NEVER,), **truncation):
@@ -40,16 +45,25 @@ def params(masters):
     return sampling_params(masters)
 
 
-def sample(params, s, *, prompts=PROMPTS, serials=range(6), budgets=(M,) * 6, run_key=RUN_KEY, garbage=None):
-    """One row per prompt. Returns the last SamplingState as NumPy arrays."""
-    packed, lengths, prompt_of_row, _, _ = ENGINE.start_arrays(prompts, k=1, first_serial=0, budget=1)
-    if garbage is not None:
-        garbage(packed)
-    arrays = (packed, lengths, prompt_of_row, np.array(serials, np.uint32), np.array(budgets, np.int32))
-    state = decode.start(params, *arrays, run_key, s, **ENGINE.start_statics)
-    while not state.done.all():
-        state = decode.decode_chunk(params, state, run_key, s, policy=ENGINE.policy, steps=ENGINE.chunk)
-    return jax.device_get(state)
+@dataclasses.dataclass
+class Sampled:
+    """One row per prompt, as the host sees it."""
+
+    tokens: np.ndarray  # [6, M], 0 after the end
+    logprobs: np.ndarray
+    lengths: np.ndarray
+    stops: list
+
+
+def sample(params, s, *, prompts=PROMPTS, serials=range(6), budgets=(M,) * 6, run_key=RUN_KEY) -> Sampled:
+    requests = [Request(*row) for row in zip(prompts, map(int, serials), map(int, budgets), strict=False)]
+    flight = ENGINE.start(params, requests, run_key=run_key, settings=s)
+    out = Sampled(np.zeros((6, M), np.int32), np.zeros((6, M)), np.zeros(6, int), [None] * 6)
+    while not flight.done:
+        for b, segment in flight.advance():
+            n = out.lengths[b] = len(segment.tokens)
+            out.tokens[b, :n], out.logprobs[b, :n], out.stops[b] = segment.tokens, segment.logprobs, segment.stop
+    return out
 
 
 def sample_without_cache(masters, *, temperature, serials=range(6)):
@@ -80,7 +94,7 @@ def test_greedy_equals_decoding_without_a_cache(params, greedy):
     np.testing.assert_array_equal(state.tokens, greedy[0])
     np.testing.assert_allclose(state.logprobs, greedy[1], atol=1e-5)
     assert len(np.unique(greedy[0])) > 11  # not one token over and over
-    assert (state.lengths == M).all() and state.done.all() and not state.ended.any()
+    assert (state.lengths == M).all() and set(state.stops) == {StopReason.LENGTH}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -105,29 +119,40 @@ def test_end_ids_and_budgets_per_row_cut_the_same_responses(params, greedy):
     natural = np.array([len(cut(tokens, M, end_ids)[0]) for tokens in greedy[0]])
     assert len(set(natural)) >= 4 and natural.max() == M  # rows that end at several places, and one that does not
     # An end token may be the very last that the budget allows, or come one too late.
-    for budgets in (np.full(6, M), natural, natural - 1, np.minimum(natural + 1, M), np.array([0, 1, 5, 3, 0, 7])):
+    around = (natural, np.maximum(natural - 1, 1), np.minimum(natural + 1, M))
+    for budgets in (np.full(6, M), *around, np.array([2, 1, 5, 3, 1, 7])):
         state = sample(params, settings(end_ids=end_ids), budgets=budgets)
-        assert state.done.all()
         for b, budget in enumerate(budgets):
             expected, ended = cut(greedy[0][b], budget, end_ids)
             n = len(expected)
-            assert (state.lengths[b], bool(state.ended[b])) == (n, ended)
+            assert (state.lengths[b], state.stops[b]) == (n, StopReason.END if ended else StopReason.LENGTH)
             np.testing.assert_array_equal(state.tokens[b, :n], expected)
             np.testing.assert_allclose(state.logprobs[b, :n], greedy[1][b, :n], atol=1e-5)
-            assert not state.tokens[b, n:].any() and not state.logprobs[b, n:].any()
 
 
-def test_padding_of_the_bucket_has_no_influence(params):
-    def scribble(packed):
-        rng = np.random.default_rng(1)
-        padding, no_patch = packed.segments == 0, packed.patch_segments == 0
-        packed.tokens[padding] = rng.integers(0, CONFIG.vocab_size, padding.sum())
-        packed.positions[padding] = 83
-        packed.patches[no_patch] = 1e3
-        packed.patch_positions[no_patch] = 79
-
+def test_padding_and_what_stood_in_the_pages_before_have_no_influence(params, monkeypatch):
+    """Garbage in the padding of a prefill call, in pages that are taken over, in the trash page, in empty slots."""
     s = settings(temperature=1.0)
-    clean, scribbled = sample(params, s), sample(params, s, garbage=scribble)
+    clean = sample(params, s, budgets=range(2, 8))
+    rng = np.random.default_rng(1)
+    read, draw = decode.prefill, decode.decode
+
+    def prefill(params, pages, rows, table, **statics):
+        assert (rows.segments == 0).any() and (rows.patch_segments == 0).any() == bool(rows.patches.size)
+        padding, no_patch = rows.segments == 0, rows.patch_segments == 0
+        rows.tokens[padding] = rng.integers(0, CONFIG.vocab_size, padding.sum())
+        rows.patches[no_patch], rows.patch_positions[no_patch] = 1e3, 79
+        return read(params, pages, rows, table, **statics)
+
+    def scribbled(params, pages, repeated, slots, *args, **statics):
+        empty = ~slots.live
+        slots.last_token[empty], slots.positions[empty], slots.serials[empty] = 3, 11, 13
+        return draw(params, pages, repeated, slots, *args, **statics)
+
+    monkeypatch.setattr(decode, "prefill", prefill)
+    monkeypatch.setattr(decode, "decode", scribbled)
+    monkeypatch.setattr(Engine, "new_pages", lambda engine: jax.tree.map(lambda x: x - 1e3, new_pages(engine)))
+    scribbled = sample(params, s, budgets=range(2, 8))
     np.testing.assert_array_equal(scribbled.tokens, clean.tokens)
     np.testing.assert_allclose(scribbled.logprobs, clean.logprobs, atol=1e-6)
 
@@ -144,7 +169,7 @@ def test_truncation_renormalises_the_log_probs_of_the_same_logits(params, greedy
 
 def test_nothing_that_varies_at_run_time_compiles(params):
     sample(params, settings())
-    compiled = decode.start._cache_size(), decode.decode_chunk._cache_size()
+    compiled = [program._cache_size() for program in (decode.prefill, decode.fork, decode.decode)]
     for s in (
         settings(temperature=1.3),
         settings(temperature=0.7, top_p=0.9),
@@ -154,4 +179,4 @@ def test_nothing_that_varies_at_run_time_compiles(params):
     sample(params, settings(), serials=(9, 8, 7, 6, 5, 2**32 - 1), budgets=(1, 2, 3, 4, 5, 6))
     sample(params, settings(), run_key=jax.random.key(4))
     sample(params, settings(), prompts=PROMPTS[2:])
-    assert (decode.start._cache_size(), decode.decode_chunk._cache_size()) == compiled
+    assert [program._cache_size() for program in (decode.prefill, decode.fork, decode.decode)] == compiled

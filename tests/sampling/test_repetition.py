@@ -10,6 +10,7 @@ import pytest
 
 from kimi_jax.sampling import repetition
 from kimi_jax.sampling.repetition import RepetitionSettings, RepetitionState
+from kimi_jax.trainers.config import default_config
 
 W = 13
 SETTINGS = RepetitionSettings.of(min_tokens=11, repeats=3, span=5, share=0.8)
@@ -186,10 +187,14 @@ def test_window_zero_is_off():
     assert refresh(state, np.array([1]), tails, SETTINGS).recent.shape == (3, 0)
 
 
+DEFAULTS = dict(default_config().sampling.repetition)
+WINDOW_OF_THE_LOG = DEFAULTS.pop("window") or 512
+
+
 @pytest.mark.parametrize("bad", [{"min_tokens": 0}, {"repeats": 1}, {"span": 0}, {"share": 0.0}, {"share": 1.5}])
 def test_bad_settings_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
-        RepetitionSettings.of(**bad)
+        RepetitionSettings.of(**DEFAULTS | bad)
 
 
 def test_defaults_on_ordinary_and_on_looping_text():
@@ -212,7 +217,7 @@ def test_defaults_on_ordinary_and_on_looping_text():
     tokens = np.zeros((len(texts), 2500), np.int32)
     for row, text in zip(tokens, texts, strict=True):
         row[: len(text)] = list(text.encode("latin1"))
-    found = np.asarray(alarms(tokens, RepetitionSettings.of(), window=512))
+    found = np.asarray(alarms(tokens, RepetitionSettings.of(**DEFAULTS), window=WINDOW_OF_THE_LOG))
     lengths = [len(text) for text in texts]
     first = [next(iter(np.flatnonzero(row[:n])), None) for row, n in zip(found, lengths, strict=True)]
     assert first[:5] == [None] * 5
