@@ -47,4 +47,6 @@ def get_config():
         config.sampling.prompt_tokens = 96
         config.sampling.prompt_patches = 256
         config.sampling.max_tokens = 256
+        config.sampling.page = 64
+        config.sampling.prefill_tokens = 8_192
     return config.lock()

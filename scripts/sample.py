@@ -82,6 +82,7 @@ def answer(args: argparse.Namespace, config, write: Callable[[str], Any]) -> dic
         policy,
         tokenizer,
         rows=1,
+        pages=None,
         prompt_tokens=max(config.sampling.prompt_tokens, len(prompt.tokens)),
         prompt_patches=max(config.sampling.prompt_patches, sum(len(image.patches) for image in prompt.images)),
         max_tokens=max_tokens,
@@ -112,6 +113,8 @@ def read_config(workdir: pathlib.Path):
     """The config that the run was made with, for whatever device is here."""
     import ml_collections
 
+    from kimi_jax.trainers.config import default_config
+
     path = workdir / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"--workdir={workdir} holds no run: there is no {path}. Use that of scripts/train.py.")
@@ -120,6 +123,9 @@ def read_config(workdir: pathlib.Path):
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}). The report of the run also holds the config.") from error
     config.model.attention = "auto"
+    for name, value in default_config().sampling.items():
+        if name not in config.sampling:  # the run is of an earlier version
+            config.sampling[name] = value
     return config
 
 
@@ -166,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         show = (lambda text: None) if args.json else lambda text: print(text, end="", flush=True)
         result = answer(args, read_config(args.workdir), show)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if args.traceback:
             raise
         print(f"Error: {error}", file=sys.stderr)

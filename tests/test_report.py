@@ -2,6 +2,7 @@ import base64
 import dataclasses
 import html.parser
 import io
+import os
 
 import numpy as np
 import PIL.Image
@@ -9,6 +10,7 @@ import pytest
 
 from kimi_jax import report
 from kimi_jax.report import curves
+from kimi_jax.report.page import _STOPS
 from kimi_jax.types import IMAGE_MARKER, Outcome, Problem, Prompt, Rollout, RolloutGroup, StopReason, Verdict
 
 EVIL = "<script>alert(1)</script> & <img src='http://example.org/x.png'> {title}"
@@ -53,8 +55,8 @@ def group(problem_id, outcomes, *, images=(), prompt="What is 3 * 8?"):
             i,
             np.arange(41 + i),
             np.zeros(41 + i, np.float32),
-            StopReason.LENGTH if i else StopReason.END,
-            0,
+            np.zeros(41 + i, np.int32),
+            list(StopReason)[i],
             f"#{i} {EVIL}",
         )
         for i in range(len(outcomes))
@@ -163,7 +165,9 @@ def test_groups_are_joined_by_problem_and_marked(page):
     ]
     badges = [data for data in spans if data in set(Outcome)]
     assert [badges.count(outcome) for outcome in Outcome] == [3, 5, 3]
-    assert "41 tokens, ended by itself" in spans and "42 tokens, cut at its budget" in spans
+    stops = ("ended by itself", "cut at its budget", "stopped: it repeated itself")
+    assert {f"{41 + i} tokens, {stop}" for i, stop in enumerate(stops)} <= set(spans)
+    assert _STOPS.keys() == set(StopReason)
 
 
 def test_the_page_has_the_numbers_of_the_table(page):
@@ -208,11 +212,35 @@ def test_curves_show_both_kinds_all_and_the_held_out_points():
     np.testing.assert_array_equal(right.lines[0].get_ydata(), 100.0 + np.arange(1, 61))
 
 
+@pytest.mark.parametrize("n", [4, 23])
+def test_an_iteration_without_a_measurement_is_a_gap(n):
+    """Nothing complete, nothing measured: the line must not pretend that it knows what was between."""
+    rows = metric_rows(n)
+    for i in (0, 2, 11, 12):
+        if i < n:
+            rows[i] |= {"accuracy": None, "response_length": None, "kl": None, "truncated": None}
+        if i + 1 < n:
+            rows[i + 1] |= {"truncated": 0.5}
+    panels = [*curves.overview(rows, curves.LIGHT).axes, *curves.details(rows, curves.LIGHT).axes]
+    lines = {panel.get_title(loc="left"): panel.lines for panel in panels}
+    missing = np.isin(np.arange(n), (0, 2, 11, 12))
+    for title in ("Response length (tokens)", "KL divergence to the reference"):
+        whole = [line.get_ydata() for line in lines[title] if len(line.get_xdata()) == n]
+        assert len(whole) == (2 if n > 4 else 1)  # what was measured, and the trend
+        for y in whole:
+            np.testing.assert_array_equal(np.isnan(y), missing)
+        dots = [line for line in lines[title] if line.get_marker() == "o"]
+        # Iteration 2 is alone between two gaps: as a line it would be invisible.
+        assert 2 in np.concatenate([line.get_xdata()[np.isfinite(line.get_ydata())] for line in dots])
+    report.write_curves([row | {"accuracy": None, "response_length": None} for row in rows], os.devnull)
+
+
 def test_other_metrics_share_panels_by_family_and_none_is_lost():
-    rows = [row | {"groups_all_right": 0.1, "truncated": 0.2, "ungradable": 0.0, "zeta": 4} for row in metric_rows(7)]
+    more = {"groups_all_right": 0.1, "truncated": 0.2, "ungradable": 0.0, "zeta": 4, "groups": 32, "tokens_open": 7.0}
+    rows = [row | more for row in metric_rows(7)]
     panels = curves.details(rows, curves.DARK).axes
     titles = [panel.get_title(loc="left") for panel in panels]
-    assert len(titles) == len(set(titles)) == 6 and titles[-1] == "zeta"
+    assert len(titles) == len(set(titles)) == 8 and titles[-2:] == ["zeta", "groups"]
     shared = {title: panel.get_legend_handles_labels()[1] for title, panel in zip(titles, panels, strict=True)}
     assert shared["Share of responses"] == ["truncated", "ungradable"]
     assert shared["Share of groups"] == ["all_wrong", "all_right"]

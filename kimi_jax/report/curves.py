@@ -34,7 +34,14 @@ _FAMILIES = {  # how a name begins: the panel it shares with others; any other m
     "max_logprob_gap": "Log-prob gap to the sampler, max",
     "truncated": "Share of responses",
     "ungradable": "Share of responses",
-    "groups": "Share of groups",
+    "repetitive": "Share of responses",
+    "groups_": "Share of groups",
+    "tokens_masked": "Share without loss",
+    "responses_masked": "Share without loss",
+    "tokens_released": "Tokens per response",
+    "tokens_open": "Tokens per response",
+    "buffer_groups": "Replay buffer",
+    "buffer_responses": "Replay buffer",
     "seconds": "Seconds per phase",
 }
 
@@ -42,8 +49,8 @@ _FAMILIES = {  # how a name begins: the panel it shares with others; any other m
 def write_curves(metrics: Metrics, path: str | os.PathLike) -> None:
     """A PNG with two panels over the iterations: accuracy (text, image, all) and response length.
 
-    Faint lines are the measurements, strong lines their running mean, markers the held-out evaluations.
-    Raises ValueError without any row.
+    Faint lines are the measurements, strong lines their running mean, markers the held-out evaluations. Where there was
+    nothing to measure, a line has a gap. Raises ValueError without any row.
     """
     pathlib.Path(path).write_bytes(png(overview(metrics, LIGHT)))
 
@@ -80,7 +87,7 @@ def details(metrics: Metrics, colors: dict) -> matplotlib.figure.Figure | None:
         return None
     order = {name: i for i, name in enumerate(_FAMILIES.values())}
     figure, panels = _panels(len(families), 3, colors, width=11.0, height=2.9)
-    for panel, name in zip(panels, sorted(families, key=lambda name: order.get(name, len(order))), strict=True):
+    for panel, name in zip(panels, sorted(families, key=lambda name: order.get(name, len(_FAMILIES))), strict=True):
         for i, (key, label) in enumerate(families[name]):
             color = colors["series"][i % len(colors["series"])]
             _draw(panel, *_series(metrics, key), color=color, label=label if len(families[name]) > 1 else "")
@@ -95,14 +102,13 @@ def details(metrics: Metrics, colors: dict) -> matplotlib.figure.Figure | None:
 
 
 def _series(metrics: Metrics, key: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """(iterations, values) of the rows that have a number there."""
-    points = [
-        (row.get("iteration", row.get("step", i)), row[key])
-        for i, row in enumerate(metrics)
-        if isinstance(row.get(key), int | float) and np.isfinite(row[key])
-    ]
-    x, y = zip(*points, strict=True) if points else ((), ())
-    return np.asarray(x, float), np.asarray(y, float)
+    """(iterations, values) of the rows that have the key, nan where it is null; empty if it is so everywhere."""
+    rows = [(row.get("iteration", row.get("step", i)), row[key]) for i, row in enumerate(metrics) if key in row]
+    y = np.array([value if isinstance(value, int | float) else np.nan for _, value in rows], float)
+    y[~np.isfinite(y)] = np.nan
+    if np.isnan(y).all():
+        return np.zeros(0), np.zeros(0)
+    return np.array([x for x, _ in rows], float), y
 
 
 def _smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -115,12 +121,17 @@ def _smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _draw(panel, x: np.ndarray, y: np.ndarray, *, color: str, label: str) -> None:
     if len(x) == 0:
         return
-    label = label or "_nolegend_"
-    if len(x) < 5:  # too few for a trend
+    label, there = label or "_nolegend_", np.isfinite(y)
+    if there.sum() < 5:  # too few for a trend
         panel.plot(x, y, color=color, label=label, marker="o", markersize=4, linewidth=1.2)
-    else:
-        panel.plot(x, y, color=color, alpha=0.25, linewidth=1.0)
-        panel.plot(x, _smooth(x, y), color=color, linewidth=2.0, label=label)
+        return
+    trend = np.full_like(y, np.nan)
+    trend[there] = _smooth(x[there], y[there])
+    panel.plot(x, y, color=color, alpha=0.25, linewidth=1.0)
+    panel.plot(x, trend, color=color, linewidth=2.0, label=label)
+    gaps = np.concatenate([[True], ~there, [True]])
+    alone = there & gaps[:-2] & gaps[2:]  # between two gaps: no line goes through it
+    panel.plot(x[alone], trend[alone], color=color, marker="o", markersize=2.5, linestyle="")
 
 
 def _panels(count: int, columns: int, colors: dict, *, width: float, height: float):

@@ -16,7 +16,7 @@ import PIL.Image
 from kimi_jax.report import curves
 from kimi_jax.report.curves import Metrics
 from kimi_jax.report.table import provenance, score_rows
-from kimi_jax.types import IMAGE_MARKER, Outcome, Rollout, RolloutGroup, Verdict
+from kimi_jax.types import IMAGE_MARKER, Outcome, Rollout, RolloutGroup, StopReason, Verdict
 
 
 def write_report(
@@ -101,6 +101,12 @@ def _data_uri(png: bytes) -> str:
 # --- rollouts -------------------------------------------------------------------------------------------------------
 
 _IMAGE_SIDE = 240  # pixels that a small image is enlarged to, about
+_STOPS = {
+    StopReason.END: "ended by itself",
+    StopReason.LENGTH: "cut at its budget",
+    StopReason.REPETITION: "stopped: it repeated itself",
+    StopReason.STRING: "stopped at a stop string",
+}
 
 
 def _accuracy(group: RolloutGroup) -> float | None:
@@ -179,7 +185,7 @@ def _group(group: RolloutGroup, mark: str | None) -> str:
 def _rollout(rollout: Rollout, verdict: Verdict, *, opened: bool) -> str:
     outcome = verdict.outcome.value
     detail = f' <code class="detail">{_text(verdict.detail)}</code>' if verdict.detail else ""
-    stop = {"end": "ended by itself", "length": "cut at its budget"}[rollout.stop.value]
+    stop = _STOPS[rollout.stop]
     return (
         f'<details{" open" if opened else ""}><summary><span class="badge {outcome}">{outcome}</span>{detail} '
         f'<span class="quiet">{len(rollout)} tokens, {stop}</span></summary><pre>{_text(rollout.text)}</pre></details>'

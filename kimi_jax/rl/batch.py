@@ -91,7 +91,7 @@ def _micro_batch(examples, records, plan, rows, responses, oldest_version, pack)
         behavior[row, targets] = rollout.logprobs
         versions[row, targets] = rollout.versions
         packed.loss_mask[row, targets] &= rollout.versions >= oldest_version
-        lengths[n] = len(rollout)
+        lengths[n] = max(len(rollout), 1)  # a response may be cut before its first token
         values = (reward, advantage, weight, group)
         for name, value in zip(per_response, values, strict=True):
             per_response[name][n] = value

@@ -67,14 +67,22 @@ class ReplayBuffer:
         Raises ValueError when the arrays contradict each other, or name problems beyond the `problems` there are; the
         buffer is unchanged then.
         """
+        if missing := sorted((_PER_TOKEN | _PER_RESPONSE | _PER_GROUP).keys() - state.keys()):
+            raise ValueError(
+                f"The saved replay buffer lacks {', '.join(missing)}. Resume with the version that wrote it."
+            )
         members, lengths = state["members"], state["length"]
         ends = np.cumsum(lengths)
+        outside = lambda name, count: ((state[name] < 0) | (state[name] >= count)).any()  # noqa: E731
         contradictions = {
-            "groups have other numbers of responses than there are": members.sum() != len(lengths),
-            "responses have other numbers of tokens than there are": lengths.sum() != len(state["tokens"]),
-            "it has problems that this run does not have": (state["problem"] >= problems).any(),
-            "it has unknown stop reasons or outcomes": (state["stop"] >= len(_STOPS)).any()
-            or (state["outcome"] >= len(_OUTCOMES)).any(),
+            "groups have other numbers of responses than there are": members.sum() != len(lengths)
+            or (members < 1).any(),
+            "responses have other numbers of tokens than there are": (lengths < 0).any()
+            or any(lengths.sum() != len(state[name]) for name in _PER_TOKEN),
+            "it has problems that this run does not have": outside("problem", problems),
+            "it has unknown stop reasons or outcomes": outside("stop", len(_STOPS))
+            or outside("outcome", len(_OUTCOMES)),
+            "finished responses have no verdict": ((state["stop"] > 0) & (state["outcome"] == 0)).any(),
         }
         if wrong := [what for what, is_so in contradictions.items() if is_so]:
             raise ValueError(

@@ -155,7 +155,7 @@ def _rollout_group(group: OpenGroup, problems, encoded, engine: Engine) -> Rollo
 
 
 def _metrics(buffer: ReplayBuffer, groups: list[RolloutGroup], flight, iteration: int) -> dict[str, float]:
-    """staleness: iterations since a trained token was sampled, mean. Lengths are in tokens, means over responses."""
+    """staleness: iterations since a released token was sampled, mean. Lengths are in tokens, means over responses."""
     waiting = buffer.open_responses
     versions = np.concatenate([np.zeros(0), *(rollout.versions for group in groups for rollout in group.rollouts)])
     lengths = [len(rollout) for group in groups for rollout in group.rollouts]

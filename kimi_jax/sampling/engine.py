@@ -96,7 +96,7 @@ class Engine:
                     f"The prompt of {name} has size {size}, the limit is {knob}={limit}. Raise {knob} or drop it."
                 )
         if patches and prompt.tokens[-1] == self.image_id:
-            raise ValueError(f"The prompt of {name} ends with an image. Let a token of text follow, which is read last.")
+            raise ValueError(f"The prompt of {name} ends with an image. Let text follow, if only one token of it.")
 
     # --- sampling ---
 
@@ -154,7 +154,7 @@ class Engine:
             Request(prompt, first_serial + i * k + j, budget) for i, prompt in enumerate(prompts) for j in range(k)
         ]
         flight = self.start(params, requests, run_key=run_key, settings=settings)
-        rollouts = [None] * len(requests)
+        rollouts: list[Any] = [None] * len(requests)
         while not flight.done:
             for i, segment in flight.advance():
                 rollouts[i] = self.rollout(requests[i].serial, segment, policy_version)

@@ -121,18 +121,25 @@ def default_config() -> ml_collections.ConfigDict:
     return config.lock()
 
 
-_SIZES = (
-    "sft.rows",
-    "rl.problems",
-    "rl.micro_rows",
-    "rows.tokens",
-    "sampling.rows",
-    "sampling.prompt_tokens",
-    "sampling.max_tokens",
-    "sampling.chunk",
-    "sampling.page",
-    "sampling.prefill_tokens",
-)
+_AT_LEAST = {
+    "sft.rows": 1,
+    "rl.problems": 1,
+    "rl.micro_rows": 1,
+    "rl.segment_tokens": 1,
+    "rl.max_segment_lag": 0,
+    "rl.max_age": 0,
+    "rl.oversubscribe": 0,
+    "rl.verifier.workers": 0,
+    "rl.repetition_penalty": 0,
+    "rows.tokens": 1,
+    "sampling.rows": 1,
+    "sampling.prompt_tokens": 1,
+    "sampling.max_tokens": 1,
+    "sampling.chunk": 1,
+    "sampling.page": 1,
+    "sampling.prefill_tokens": 1,
+    "sampling.repetition.window": 0,
+}
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
@@ -148,9 +155,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         if a < 1 or b % a:
             raise ValueError(f"config.{large}={b} must be a multiple of config.{small}={a}. Change one of the two.")
 
-    for path in _SIZES:
-        if _get(config, path) < 1:
-            raise ValueError(f"config.{path}={_get(config, path)} must be at least 1.")
+    for path, least in _AT_LEAST.items():
+        value = _get(config, path)
+        if value is not None and value < least:
+            raise ValueError(f"config.{path}={value} must be at least {least}.")
     divides("sft.micro_rows", "sft.rows")
     divides("rl.updates", "rl.problems")
     divides("rows.logits_chunk", "rows.tokens")
@@ -158,6 +166,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"config.rl.responses={config.rl.responses}: a group needs at least 2 responses to be compared."
         )
+    if config.rl.verifier.deadline_s <= 0:
+        raise ValueError(f"config.rl.verifier.deadline_s={config.rl.verifier.deadline_s} must be positive.")
     if config.rl.tau <= 0 or config.rl.temperature <= 0:
         raise ValueError(
             f"config.rl.tau={config.rl.tau} and config.rl.temperature={config.rl.temperature} must be positive."
@@ -172,6 +182,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"config.sft.examples_per_kind={config.sft.examples_per_kind} exceeds config.data.train_per_kind="
             f"{config.data.train_per_kind}: the examples are the worked solutions of the first train problems."
+        )
+    drawn = config.rl.problems + round(config.rl.oversubscribe * config.rl.problems)
+    problems = config.data.train_per_kind * (bool(config.data.text_tasks) + bool(config.data.image_tasks))
+    if drawn > problems:
+        raise ValueError(
+            f"config.rl.problems={config.rl.problems} with rl.oversubscribe={config.rl.oversubscribe} begins with "
+            f"{drawn} problems, but there are {problems}. Raise config.data.train_per_kind or lower one of the two."
         )
     longest = config.sampling.prompt_tokens + config.sampling.max_tokens
     if longest > config.rows.tokens or config.sampling.prompt_patches > config.rows.patches:

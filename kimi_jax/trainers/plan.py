@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from kimi_jax.models.policy import Policy
+from kimi_jax.sampling.engine import Engine
 from kimi_jax.trainers import setup
 from kimi_jax.trainers.config import fields
 from kimi_jax.training import sharding
@@ -52,13 +53,15 @@ def describe(config: ml_collections.ConfigDict, devices=None) -> str:
 def _batch_lines(config):
     tokens = config.rows.tokens
     responses = config.rl.problems * config.rl.responses
+    sampling = config.sampling
+    longest = min(sampling.max_tokens, config.rl.segment_tokens or sampling.max_tokens)
     lines = [
         "# Batches",
         f"SFT update: {config.sft.rows} rows of {tokens:,} tokens in {config.sft.rows // config.sft.micro_rows} "
         f"micro-batches of {config.sft.micro_rows} = {config.sft.micro_rows * tokens:,} tokens",
-        f"RL rollout: {config.rl.problems} problems × {config.rl.responses} = {responses:,} responses, "
-        f"{config.sampling.rows:,} at a time: {math.ceil(responses / config.sampling.rows)} × (1 prefill + at most "
-        f"{math.ceil(config.sampling.max_tokens / config.sampling.chunk)} chunks of {config.sampling.chunk} tokens)",
+        f"RL rollout: {config.rl.problems} problems × {config.rl.responses} = {responses:,} responses, each of at most "
+        f"{longest:,} more tokens, {sampling.rows:,} at a time in chunks of {sampling.chunk} tokens; "
+        f"prompts are read {sampling.prefill_tokens:,} tokens at a time",
         f"RL update: {config.rl.updates} mini-batches of {responses // config.rl.updates:,} responses, in "
         f"micro-batches of {config.rl.micro_rows} rows = {config.rl.micro_rows * tokens:,} tokens:",
     ]
@@ -81,26 +84,25 @@ def rl_rows(config, share: float) -> tuple[int, int]:
 def _memory_lines(config, policy, mesh, state):
     """Estimates per device: what the large arrays take. Only the compiler knows the rest."""
     shape, tensor = policy.config, mesh.shape["tensor"]
+    engine = plan_engine(config, dataclasses.replace(policy, mesh=mesh))
     itemsize = np.dtype(shape.dtype).itemsize
     split = lambda n, ways: n // ways if n % ways == 0 else n  # noqa: E731
     row_ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows, micro_rows = split(config.sampling.rows, row_ways), split(config.rl.micro_rows, row_ways)
-    vocab, heads = split(shape.vocab_size, tensor), split(shape.num_kv_heads, tensor)
+    vocab = split(shape.vocab_size, tensor)
     tokens = micro_rows * config.rows.tokens
-    slots = config.sampling.prompt_tokens + config.sampling.max_tokens
     # Values of a token that the backward pass of a layer reads; with remat, of one layer beside the inputs of all.
     width = 4 * shape.width + 3 * split(shape.mlp_width, tensor) + 3 * split(shape.num_heads, tensor) * shape.head_dim
     kept, recomputed = (shape.width, width) if config.model.remat else (width, 0)
     logits = 3 * np.dtype(np.float32).itemsize * vocab  # of a token: themselves, their softmax, their gradient
 
-    cache = 2 * shape.num_layers * rows * slots * heads * shape.head_dim * itemsize
     activations = tokens * itemsize * (shape.num_layers * kept + recomputed)
     always = {"masters, float32": state.masters}
     if not config.rl.reset_optimizer:
         always["optimizer moments"] = state.moments
     rollout = always | {
         "rollout copy of the weights": state.rollout,
-        f"KV cache, {rows} rows × {slots:,} slots": cache,
+        f"KV cache, {engine.shard_pages:,} pages of {engine.page} tokens": bytes_per_device(engine.page_shapes()),
         "logits of one decode step": rows * logits,
     }
     update = always | {
@@ -117,6 +119,11 @@ def _memory_lines(config, policy, mesh, state):
     if config.rl.reset_optimizer:
         lines += ["The moments exist in the update phase only."]
     return lines
+
+
+def plan_engine(config: ml_collections.ConfigDict, policy: Policy) -> Engine:
+    """The engine of the run for its shapes alone. Raises ValueError when its rows do not divide over the mesh."""
+    return Engine(policy=policy, image_id=-1, decode_text=str, **setup.engine_options(config))
 
 
 def mesh_of_sizes(config, num_devices: int) -> AbstractMesh:

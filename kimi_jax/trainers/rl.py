@@ -13,6 +13,7 @@ on Ï„; an iteration is split into several updates, because with one update the Ï
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,7 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
     )
     settings = SamplingSettings.of(temperature=config.temperature, end_ids=[setup.tokenizer.end_id])
     prompts = setup.prompts(setup.train)
+    kinds = sorted({get_task(problem.task).kind for problem in setup.train})
     prompt_sampler = PromptSampler(
         np.array([problem.difficulty for problem in setup.train]),
         seed=setup.config.seed,
@@ -84,7 +86,7 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
             like = {
                 "state": state,
                 "prompts": prompt_sampler.state(),
-                "buffer": buffer.like(checkpoints.read_meta()["buffer"]),
+                "buffer": buffer.like(checkpoints.read_meta().get("buffer", {})),
             }
             _, saved, meta = checkpoints.restore(like)
             state, serial = saved["state"], meta["serial"]
@@ -93,6 +95,7 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
         writer.cut_back(start)
 
         watch = Stopwatch()
+        missed_deadlines = 0  # in earlier iterations
         bar = progress(desc="RL", total=config.iterations, initial=start)
         for iteration in range(start, config.iterations):
             # --- hand-over
@@ -156,10 +159,12 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
             # --- metrics, checkpoint
             for update in updates:
                 check_finite(update, f"RL iteration {iteration + 1}")
-            metrics = _metrics(groups, rewards, updates, oldest_version=oldest_version) | collected.metrics
+            metrics = _metrics(groups, rewards, updates, oldest_version=oldest_version, kinds=kinds)
+            metrics |= collected.metrics
             metrics |= {f"seconds_{phase}": s for phase, s in watch.pop().items()}
             metrics["handover_bytes"] = num_bytes(rollout_params)
-            metrics["missed_deadlines"] = verifiers.missed_deadlines
+            metrics["missed_deadlines"] = verifiers.missed_deadlines - missed_deadlines
+            missed_deadlines = verifiers.missed_deadlines
             done = iteration + 1
             last = done == config.iterations
             stopping = stop.requested  # looked at once: a request that comes later waits for the next iteration
@@ -218,12 +223,12 @@ def _permuted(advantages: np.ndarray, rng) -> np.ndarray:
     return out
 
 
-def _metrics(groups, rewards, updates, *, oldest_version: int) -> dict:
+def _metrics(groups, rewards, updates, *, oldest_version: int, kinds: list[str]) -> dict:
     """What an iteration was like. Means over responses unless the name says otherwise; nan without any."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     verdicts = [verdict.outcome for group in groups for verdict in group.verdicts]
     outcomes = [[verdict.outcome == Outcome.CORRECT for verdict in group.verdicts] for group in groups]
-    kinds = [get_task(group.problem.task).kind for group in groups]
+    of_kind = lambda kind: [get_task(group.problem.task).kind == kind for group in groups]  # noqa: E731
     masked = [rollout.versions < oldest_version for rollout in rollouts]
     total = lambda name: sum(float(update[name]) for update in updates)  # noqa: E731
     highest = lambda name: max((float(update[name]) for update in updates), default=0.0)  # noqa: E731
@@ -231,12 +236,7 @@ def _metrics(groups, rewards, updates, *, oldest_version: int) -> dict:
     return {
         "reward": _mean([r for group in rewards for r in group if np.isfinite(r)]),
         "accuracy": _mean(sum(outcomes, [])),
-        **{
-            f"accuracy_{kind}": _mean(
-                [o for group, other in zip(outcomes, kinds, strict=True) if other == kind for o in group]
-            )
-            for kind in sorted(set(kinds))
-        },
+        **{f"accuracy_{kind}": _mean(sum(itertools.compress(outcomes, of_kind(kind)), [])) for kind in kinds},
         "groups": len(groups),
         "response_length": _mean([len(rollout) for rollout in rollouts]),
         "truncated": _mean([rollout.stop == StopReason.LENGTH for rollout in rollouts]),

@@ -23,12 +23,11 @@ from jax.experimental import topologies
 
 from kimi_jax.arrays import RLBatch, TrainState
 from kimi_jax.rl.batch import build_minibatches
-from kimi_jax.sampling import decode
-from kimi_jax.sampling.engine import Engine
+from kimi_jax.sampling import decode, repetition
 from kimi_jax.sampling.handover import make_handover
 from kimi_jax.sampling.logits import SamplingSettings
 from kimi_jax.trainers import rl, setup
-from kimi_jax.trainers.plan import GIB, Weights, bytes_per_device, rl_rows, with_shardings
+from kimi_jax.trainers.plan import GIB, Weights, bytes_per_device, plan_engine, rl_rows, with_shardings
 from kimi_jax.training import sharding
 from kimi_jax.types import Problem, Prompt, Rollout, RolloutGroup, StopReason
 
@@ -99,6 +98,7 @@ class Report:
             if not p.error:
                 lines.append(f"{p.name:14}{p.flops:13.3g}{p.moved:13.3g}   {kinds}")
         lines += ["", "resident: what else is in memory meanwhile: masters, rollout copy, moments, micro-batches."]
+        lines.append("The pages of the KV cache are arguments of the programs from prefill to decode chunk.")
         peak = max(self.programs, key=lambda p: p.peak)
         if self.fits:
             lines.append(f"It fits: at most {peak.peak / GIB:.2f} of {self.hbm} GiB per chip, in {peak.name}.")
@@ -111,8 +111,8 @@ class Report:
                     over = p.peak / GIB - self.hbm
                     lines.append(f"  {p.name}: {p.peak / GIB:.2f} GiB per chip, {over:.2f} more than there are")
             lines.append(
-                "Lower rl.micro_rows, rows.tokens or rows.logits_chunk (update), sampling.rows or sampling.max_tokens "
-                "(rollout), raise mesh.fsdp or mesh.tensor, or take a larger slice."
+                "Lower rl.micro_rows, rows.tokens or rows.logits_chunk (update), sampling.rows, sampling.max_tokens or "
+                "sampling.pages (rollout), raise mesh.fsdp or mesh.tensor, or take a larger slice."
             )
         return "\n".join(lines)
 
@@ -164,30 +164,30 @@ def _rollout_programs(config, policy, mesh, weights):
     handover = make_handover(policy, mesh, dtype=dtype)
     yield _compile("hand-over", handover, weights.params, weights.rollout_params, resident=waiting - weights.masters)
 
-    engine = Engine(
-        policy=policy,
-        image_id=-1,
-        decode_text=str,
-        put_rows=lambda tree: with_shardings(tree, sharding.row_shardings(mesh, tree)),
-        **config.sampling,
-    )
-    arrays = engine.start_arrays([_PROMPT], k=config.rl.responses, first_serial=0, budget=1)
-    rest = (jax.eval_shape(lambda: jax.random.key(0)), SamplingSettings.of(temperature=1.0, end_ids=[0]))
-    start_args = (weights.rollout_params, *arrays, *rest)
-    start = _compile("prefill", decode.start, *start_args, resident=waiting, **engine.start_statics)
-    yield start
-    if start.error:
-        return
-    state = jax.eval_shape(functools.partial(decode.start, **engine.start_statics), *start_args)
-    state = with_shardings(state, start.output_shardings)
+    engine = plan_engine(config, policy)
+    put_rows = lambda tree: with_shardings(tree, sharding.row_shardings(mesh, tree))  # noqa: E731
+    pages, slots = engine.page_shapes(), put_rows(engine.empty_slots())
+    # The longest pieces: of prompts with images, and of what is read further on, where the cache is read too.
+    longest = engine.bucket(engine.prompt_tokens + engine.max_tokens)
+    with_images = bool(policy.config.vision and engine.prompt_patches)
+    for name, images, fresh in (("prefill", with_images, True), ("prefill on", False, False)):
+        arrays = put_rows(engine.prefill_arrays(longest, images))
+        args = (weights.rollout_params, pages, *arrays)
+        yield _compile(name, decode.prefill, *args, policy=policy, fresh=fresh, resident=waiting)
+    yield _compile("fork", decode.fork, pages, slots.lengths, slots.lengths, mesh=mesh, resident=waiting)
     yield _compile(
         "decode chunk",
-        decode.decode_chunk,
+        decode.decode,
         weights.rollout_params,
-        state,
-        *rest,
+        pages,
+        put_rows(jax.eval_shape(lambda: repetition.start(engine.rows, window=engine.repetition_window))),
+        slots,
+        jax.eval_shape(lambda: jax.random.key(0)),
+        SamplingSettings.of(temperature=1.0, end_ids=[0]),
+        engine.repetition,
+        np.int32(0),
         policy=policy,
-        steps=config.sampling.chunk,
+        steps=engine.chunk,
         resident=waiting,
     )
 
@@ -213,13 +213,11 @@ def _update_programs(config, policy, mesh, weights):
     yield _compile("optimizer", stepper.apply, state, acc, resident=waiting)
 
 
-_PROMPT = Prompt(np.zeros(1, np.int32))
-
-
 def _micro_batch(config, policy) -> RLBatch:
     """Any micro-batch: all have the same shapes."""
-    rollout = Rollout(0, np.zeros(1, np.int32), np.zeros(1, np.float32), StopReason.END, 0)
-    group = RolloutGroup(Problem("", "", "", ""), _PROMPT, (rollout, rollout))
+    token = np.zeros(1, np.int32)
+    rollout = Rollout(0, token, np.zeros(1, np.float32), token, StopReason.END)
+    group = RolloutGroup(Problem("", "", "", ""), Prompt(token), (rollout, rollout))
     [[batch]] = build_minibatches(
         [group],
         [np.zeros(2)],
@@ -227,6 +225,7 @@ def _micro_batch(config, policy) -> RLBatch:
         minibatches=1,
         rows=config.rl.micro_rows,
         responses=config.rl.micro_rows * config.rl.responses,
+        oldest_version=0,
         **setup.packing(config, policy.config, image_id=-1),
     )
     return batch

@@ -70,13 +70,13 @@ def make_case(kind="mean", seed=0) -> Case:
         ),
         response=response,
         behavior_logprobs=behavior,
+        versions=zeros,
         reference_logprobs=reference,
         rewards=np.append(np.concatenate(rewards), 0.0),
         advantages=np.append(advantages_of(rewards, kind), 0.0),
         weights=np.append(np.concatenate([np.full(k, 1 / (k * len(GROUPS))) for k in GROUPS]), 0.0),
         lengths=np.append(num_tokens, 1).astype(float),  # holes included: |y_j| is not the number of tokens in the loss
         group=np.append(np.repeat(np.arange(len(GROUPS)), GROUPS), 0).astype(np.int32),
-        policy_version=np.zeros(n, np.int32),
     )
     bounds = np.cumsum((0, *GROUPS))
     return Case(batch, logprobs, rewards, [places[a:b] for a, b in zip(bounds, bounds[1:], strict=False)])
@@ -284,10 +284,10 @@ def rows_of(case: Case, chosen: np.ndarray) -> Case:
     present = np.unique(case.batch.response[chosen][mask])[::-1]
     number = np.zeros(n, np.int32)
     number[present] = np.arange(present.size)
-    padding = {"weights": 0.0, "advantages": 0.0, "rewards": 0.0, "lengths": 1.0, "group": 0, "policy_version": 0}
+    padding = {"weights": 0.0, "advantages": 0.0, "rewards": 0.0, "lengths": 1.0, "group": 0}
     for name, fill in padding.items():
         arrays[name] = np.append(arrays[name][present], np.full(n - present.size, fill, arrays[name].dtype))
-    for name in ("behavior_logprobs", "reference_logprobs"):
+    for name in ("behavior_logprobs", "versions", "reference_logprobs"):
         arrays[name] = arrays[name][chosen]
     arrays["response"] = np.where(mask, number[case.batch.response[chosen]], 0)
     arrays["rows"] = jax.tree.map(lambda x: x[chosen], case.batch.rows)

@@ -195,6 +195,40 @@ def test_logprobs_entropy_and_gradient_match_float64_numpy(config):
     assert slope == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied-qk_norm-gqa", "untied-bias-mha"])
+def test_reading_in_pieces_and_token_by_token_matches_float64_numpy(config):
+    """A piece that begins the sequences, one that goes on (images may span the two), then two tokens one by one."""
+    policy, masters, p = Policy(config), random_params(config), 4
+    params, exact = policy.to_sampling_layout(masters, "float32"), jax.tree.map(np.float64, masters)
+    rows, _, _ = packed([[index] for index in range(len(EXAMPLES))])
+    lengths = np.array([len(example.tokens) for example in EXAMPLES])
+    B, M = len(lengths), -(-ROW_TOKENS // p)
+    table = 1 + np.random.default_rng(2).permutation(B * M).reshape(B, M).astype(np.int32)
+    pages = jax.tree.map(lambda page: page + 1e3, policy.new_pages(1 + B * M, p))  # what stood there before
+    prefill = jax.jit(policy.prefill, static_argnames="fresh", compiler_options=QUICK_COMPILE)
+    cuts = (0, 7, ROW_TOKENS)
+    for begin, end in zip(cuts, cuts[1:], strict=False):
+        piece = slice(begin, end)
+        real = np.arange(begin, end)[None] < lengths[:, None] - 2
+        part = dataclasses.replace(
+            rows,
+            tokens=rows.tokens[:, piece],
+            positions=np.where(real, np.arange(begin, end)[None], -1).astype(np.int32),
+            segments=real.astype(np.int32),
+            image_index=rows.image_index[:, piece],
+            targets=None,
+            loss_mask=None,
+        )
+        pages = prefill(params, pages, part, table, fresh=begin == 0)
+    decode = jax.jit(policy.decode, compiler_options=QUICK_COMPILE)
+    for positions in (lengths - 2, lengths - 1):
+        logits, pages = decode(params, pages, table, rows.tokens[np.arange(B), positions], positions)
+        log_p = jax.nn.log_softmax(logits / TEMPERATURE)
+        for index, example in enumerate(EXAMPLES):
+            expected = numpy_log_softmax(config, exact, example)[positions[index]]
+            np.testing.assert_allclose(log_p[index], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_scalar_head_matches_numpy_and_is_missed_when_absent():
     params = random_params(UNTIED)
     rows, _, placements = packed()

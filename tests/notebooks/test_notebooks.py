@@ -9,7 +9,23 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).parents[2]
-TINY = {"01_quickstart": {"PROBLEMS": 30, "SFT_STEPS": 3, "RL_ITERATIONS": 2, "RL_PROBLEMS": 8}}
+TINY = {
+    "01_quickstart": {"PROBLEMS": 30, "SFT_STEPS": 3, "RL_ITERATIONS": 2, "RL_PROBLEMS": 8},
+    "02_rollouts": {
+        "SEED": 5,
+        "SLOTS": 4,
+        "PROBLEMS": 5,
+        "K": 2,
+        "MEDIAN": 6,
+        "MAX_TOKENS": 24,
+        "ITERATIONS": 3,
+        "SEGMENT": 8,
+    },
+}
+PRINTED = {
+    "01_quickstart": ["sampled accuracy"],
+    "02_rollouts": [f"{n} of {n} responses are the same" for n in (12, 4, 10)],
+}
 
 
 def test_every_notebook_is_run():
@@ -30,7 +46,7 @@ def test_notebook_runs(name, tmp_path, monkeypatch):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     text = "\n".join(output.get("text", "") for output in outputs)
-    assert "sampled accuracy" in text and "Traceback" not in text
+    assert all(line in text for line in PRINTED[name]) and "Traceback" not in text
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -10,7 +10,7 @@ from kimi_jax.models.policy import Policy
 from kimi_jax.rl.batch import build_minibatches
 from kimi_jax.sampling.logits import SamplingSettings
 from kimi_jax.training import optim
-from kimi_jax.types import Problem, RolloutGroup
+from kimi_jax.types import Problem, Rollout, RolloutGroup, StopReason
 from tests.helpers import (
     CONFIG,
     PACKING,
@@ -23,11 +23,11 @@ from tests.helpers import (
     sampling_params,
 )
 
-SHAPE = dict(rows=3, row_tokens=41, row_patches=32, responses=7, **PACKING)
+SHAPE = dict(rows=3, row_tokens=41, row_patches=32, responses=7, oldest_version=0, **PACKING)
 
 
 def read_back(batch):
-    """{(policy_version, response tokens): facts} of every response that a micro-batch weighs."""
+    """{(version of the first token, response tokens): facts} of every response that a micro-batch weighs."""
     found = {}
     assert not (batch.response[~batch.rows.loss_mask]).any()
     for n in range(len(batch.weights)):
@@ -41,9 +41,10 @@ def read_back(batch):
         np.testing.assert_array_equal(batch.rows.targets[row, columns], batch.rows.tokens[row, columns + 1])
         segment = batch.rows.segments[row, columns[0]]
         whole = batch.rows.tokens[row, batch.rows.segments[row] == segment]
-        found[batch.policy_version[n], tuple(batch.rows.targets[row, columns])] = dict(
+        found[batch.versions[row, columns[0]], tuple(batch.rows.targets[row, columns])] = dict(
             prompt=tuple(whole[: -len(columns)]),
             behavior=batch.behavior_logprobs[row, columns],
+            versions=batch.versions[row, columns],
             image_tokens=int(np.sum(batch.rows.image_index[row, batch.rows.segments[row] == segment] >= 0)),
             **{name: getattr(batch, name)[n] for name in ("rewards", "advantages", "weights", "lengths", "group")},
         )
@@ -78,6 +79,7 @@ def test_every_gradable_response_is_there_once_with_its_facts(minibatches):
                 expected[i + 3, tuple(rollout.tokens)] = dict(
                     prompt=tuple(groups[i].prompt.tokens),
                     behavior=rollout.logprobs,
+                    versions=rollout.versions,
                     image_tokens=sum(image.num_tokens for image in groups[i].prompt.images),
                     rewards=rewards[i][j],
                     advantages=advantages[i][j],
@@ -145,7 +147,8 @@ def test_trainer_and_sampler_agree_on_the_log_probs_of_what_was_sampled(score, t
         dict(rows=3, row_tokens=64, row_patches=64, responses=12),  # several to a row
         dict(rows=1, row_tokens=32, row_patches=32, responses=1),  # one to a row
     ):
-        (minibatch,) = build_minibatches(groups, rewards, advantages, minibatches=1, **shape, **PACKING)
+        shape |= dict(oldest_version=0, **PACKING)
+        (minibatch,) = build_minibatches(groups, rewards, advantages, minibatches=1, **shape)
         for batch in minibatch:
             mask = batch.rows.loss_mask
             trainer = np.asarray(score(masters, batch.rows, at_temperature))
@@ -154,11 +157,35 @@ def test_trainer_and_sampler_agree_on_the_log_probs_of_what_was_sampled(score, t
     assert np.ptp([len(r) for group in rollouts for r in group]) > 3
 
 
-def test_old_versions_stay_with_their_responses():
+@pytest.mark.parametrize("oldest, trained", [(0, 11), (2, 11), (3, 7), (4, 4), (6, 0)])
+def test_tokens_of_old_versions_carry_no_loss_but_keep_their_place(oldest, trained):
+    """One response was written over three iterations, two of which may be too long ago (k1.5 §2.6.2)."""
     groups = random_groups(8, (3, 2))
-    old = dataclasses.replace(groups[0].rollouts[1], policy_version=1)
-    groups[0] = dataclasses.replace(groups[0], rollouts=(groups[0].rollouts[0], old, groups[0].rollouts[2]))
+    rng = np.random.default_rng(8)
+    versions = np.repeat([2, 3, 5], [4, 3, 4]).astype(np.int32)
+    mixed = Rollout(
+        serial=1,
+        tokens=rng.integers(6, CONFIG.vocab_size, 11).astype(np.int32),
+        logprobs=-rng.exponential(size=11).astype(np.float32),
+        versions=versions,
+        stop=StopReason.END,
+    )
+    groups[0] = dataclasses.replace(groups[0], rollouts=(groups[0].rollouts[0], mixed, groups[0].rollouts[2]))
     rewards, advantages = random_rewards(9, groups)
-    (minibatch,) = build_minibatches(groups, rewards, advantages, minibatches=1, **SHAPE)
-    found = {key: facts for batch in minibatch for key, facts in read_back(batch).items()}
-    assert (1, tuple(old.tokens)) in found and len(found) == 5
+    (minibatch,) = build_minibatches(groups, rewards, advantages, minibatches=1, **SHAPE | dict(oldest_version=oldest))
+    found = 0
+    for batch in minibatch:
+        for n in np.flatnonzero(np.isclose(batch.rewards, rewards[0][1]) & (batch.weights > 0)):
+            # Length, weight and advantage are those of the whole response, and it is read whole.
+            assert batch.lengths[n] == 11 and batch.weights[n] == pytest.approx(1 / 6)
+            assert batch.advantages[n] == pytest.approx(advantages[0][1])
+            (row, first), *_ = np.argwhere(batch.behavior_logprobs == mixed.logprobs[0])
+            here = (row, slice(first, first + 11))
+            np.testing.assert_array_equal(batch.rows.targets[here], mixed.tokens)
+            np.testing.assert_array_equal(batch.versions[here], versions)
+            np.testing.assert_array_equal(batch.behavior_logprobs[here], mixed.logprobs)
+            np.testing.assert_array_equal(batch.rows.loss_mask[here], versions >= oldest)
+            assert (batch.response[here][versions >= oldest] == n).all()
+            found += batch.rows.loss_mask[here].sum()
+        assert (batch.versions[batch.rows.loss_mask] >= oldest).all()
+    assert found == trained

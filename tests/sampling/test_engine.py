@@ -13,8 +13,16 @@ from kimi_jax.sampling.repetition import RepetitionSettings
 from kimi_jax.types import Prompt, Request, StopReason
 from tests.helpers import CONFIG, IMAGE_ID, make_engine, random_params, random_prompt, random_prompts, sampling_params
 
-ENGINE = make_engine()  # 6 rows
-OTHER = make_engine(  # other shapes
+# Two layers: what the second one keeps of a token depends on what that token saw.
+SMALL = dataclasses.replace(CONFIG, num_layers=2, vision=dataclasses.replace(CONFIG.vision, num_layers=1))
+
+
+def engine_with(**changes):
+    return make_engine(**dict(policy=Policy(SMALL)) | changes)
+
+
+ENGINE = engine_with()  # 6 rows
+OTHER = engine_with(  # other shapes
     rows=5, prompt_tokens=23, prompt_patches=36, max_tokens=17, page=5, prefill_tokens=16, chunk=3
 )
 PROMPTS = random_prompts()
@@ -24,7 +32,7 @@ NEVER = CONFIG.vocab_size
 
 @pytest.fixture(scope="module")
 def params():
-    return sampling_params(random_params(CONFIG))
+    return sampling_params(random_params(SMALL), SMALL)
 
 
 def generate(params, prompts=PROMPTS, *, engine=ENGINE, temperature=1.0, end_ids=(NEVER,), **changes):
@@ -106,8 +114,8 @@ def ragged():
     return [requests[i] for i in rng.permutation(len(requests))]
 
 
-def segments(params, requests, *, engine=ENGINE, end_ids=(7, 41), **options):
-    settings = SamplingSettings.of(temperature=1.0, end_ids=end_ids)
+def segments(params, requests, *, engine=ENGINE, temperature=1.0, end_ids=(7, 41), **options):
+    settings = SamplingSettings.of(temperature=temperature, end_ids=end_ids)
     flight = engine.start(params, requests, run_key=RUN_KEY, settings=settings, **options)
     found = {}
     while not flight.done:
@@ -175,32 +183,20 @@ def test_stop_strings_stop_at_the_token_that_completes_them(params):
 
 def test_repetition_stops_a_response_also_where_it_is_continued(params):
     """Greedy decoding goes round in circles soon; the alarm is that of `repetition.update`, token by token."""
-    watched = dataclasses.replace(
-        ENGINE,
-        max_tokens=97,
-        repetition_window=11,
-        repetition=RepetitionSettings.of(min_tokens=17, repeats=3, span=5, share=0.9),
-    )
-    settings = SamplingSettings.of(temperature=0.0, end_ids=[NEVER])
-
-    def written(requests):
-        flight, found = watched.start(params, requests, run_key=RUN_KEY, settings=settings), {}
-        while not flight.done:
-            found |= flight.advance()
-        return [found[i] for i in range(len(requests))]
-
-    whole = written([Request(prompt, i, 97) for i, prompt in enumerate(PROMPTS)])
-    assert StopReason.REPETITION in {s.stop for s in whole}
+    rules = RepetitionSettings.of(min_tokens=7, repeats=3, span=5, share=1.0)
+    watched = dataclasses.replace(ENGINE, max_tokens=37, repetition_window=11, repetition=rules)
+    prompts, update = [PROMPTS[i] for i in (0, 2, 3)], jax.jit(repetition.update)
+    options = dict(engine=watched, temperature=0.0, end_ids=[NEVER])
+    whole = segments(params, [Request(prompt, 0, 37) for prompt in prompts], **options)
+    assert {s.stop for s in whole} == {StopReason.LENGTH, StopReason.REPETITION}
     for segment in whole:
         state, alarms = repetition.start(1, window=11), []
         for token in segment.tokens:
-            state, alarm = repetition.update(state, token[None], np.ones(1, bool), watched.repetition)
+            state, alarm = update(state, token[None], np.ones(1, bool), rules)
             alarms.append(bool(alarm[0]))
         assert alarms.index(True) + 1 == len(alarms) if segment.stop == StopReason.REPETITION else not any(alarms)
-    cut = [len(s.tokens) - 3 for s in whole]
-    rest = written(
-        [Request(p, i, 97 - n, whole[i].tokens[:n]) for i, (p, n) in enumerate(zip(PROMPTS, cut, strict=True))]
-    )
+    begun = [Request(p, 0, 40 - len(s.tokens), s.tokens[:-3]) for p, s in zip(prompts, whole, strict=True)]
+    rest = segments(params, begun, **options)
     assert [(s.tokens.tolist(), s.stop) for s in rest] == [(s.tokens[-3:].tolist(), s.stop) for s in whole]
 
 
@@ -217,12 +213,9 @@ def test_stream_grows_to_the_response_that_generate_gives(params):
     assert len(short[-1]) == 2
 
 
-def test_compilations_are_bounded_by_the_buckets():
+def test_compilations_are_bounded_by_the_buckets(params):
     """Lengths, images, group sizes, prefixes and order vary; what compiles is one program per bucket and kind."""
-    shallow = dataclasses.replace(CONFIG, num_layers=1, vision=dataclasses.replace(CONFIG.vision, num_layers=1))
-    params = sampling_params(random_params(shallow), shallow)
-    limits = dict(prompt_tokens=61, max_tokens=11, prefill_tokens=32)
-    engine = make_engine(policy=Policy(shallow), rows=5, chunk=4, **limits)
+    engine = engine_with(rows=5, prompt_tokens=61, max_tokens=11, prefill_tokens=32, chunk=4)
     programs = (decode.prefill, decode.fork, decode.decode)
     before = [program._cache_size() for program in programs]
     rng = np.random.default_rng(13)
@@ -243,9 +236,9 @@ def test_pages_that_do_not_fit_on_the_device_say_what_would(params, monkeypatch)
     def full(arrays):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes.")
 
-    engine = make_engine(rows=7, pages=None)
-    # 3 layers, keys and values, 2 heads of 10 float32 for 4 tokens a page; 8 + 1 pages a row, and the trash page
-    size = 3 * 2 * 2 * 10 * 4 * 4
+    engine = engine_with(rows=7, pages=None)
+    # 2 layers, keys and values, 2 heads of 10 float32 for 4 tokens a page; 8 + 1 pages a row, and the trash page
+    size = 2 * 2 * 2 * 10 * 4 * 4
     monkeypatch.setattr(jax, "block_until_ready", full)
     with pytest.raises(MemoryError, match=f"64 pages of 4 tokens.*{size / 2**20:.2f} MiB a page") as error:
         generate(params, engine=engine)
@@ -257,8 +250,7 @@ def test_pages_that_do_not_fit_on_the_device_say_what_would(params, monkeypatch)
 
 
 def text_only():
-    config = dataclasses.replace(CONFIG, vision=None)
-    return make_engine(policy=Policy(config))
+    return engine_with(policy=Policy(dataclasses.replace(SMALL, vision=None)))
 
 
 @pytest.mark.parametrize(
@@ -274,10 +266,10 @@ def text_only():
         (lambda p: generate(p, engine=text_only()), "request 2 of 12 has images.*text alone. Drop the images"),
         (
             lambda p: generate(p, [dataclasses.replace(PROMPTS[5], tokens=PROMPTS[5].tokens[:15])]),
-            "request 0 of 2 ends with an image.*token of text",
+            "request 0 of 2 ends with an image.*Let text follow",
         ),
         (
-            lambda p: generate(p, engine=make_engine(pages=8)),
+            lambda p: generate(p, engine=engine_with(pages=8)),
             "request 4 of 12 may need 9 pages of 4 tokens, and its shard of rows has 8.*sampling.pages=8 to at least 9",
         ),
         (lambda p: segments(p, [Request(PROMPTS[0], 0, 1)], stop_strings=["a", ""]), "stop string is empty"),
@@ -303,4 +295,4 @@ def test_what_cannot_be_sampled_is_refused(params, call, message):
 def test_rows_that_do_not_divide_over_the_devices_are_refused():
     mesh = jax.sharding.AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"))
     with pytest.raises(ValueError, match=r"sampling.rows=6 must be a multiple of 4.*mesh.data x mesh.fsdp"):
-        make_engine(policy=Policy(CONFIG, mesh=mesh))
+        engine_with(policy=Policy(SMALL, mesh=mesh))

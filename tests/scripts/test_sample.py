@@ -116,6 +116,21 @@ def test_images_settings_stage_stdin_and_json(workdir, weights, capsys, monkeypa
     assert (printed["stage"], printed["step"], printed["prompt"]) == ("sft", 7, prompt)
 
 
+def test_a_run_of_an_earlier_version_answers_too(workdir, weights, capsys, monkeypatch):
+    """Its config knows nothing of pages."""
+    path = workdir / "config.json"
+    whole = path.read_text()
+    config = json.loads(whole)
+    for name in ("page", "pages", "prefill_tokens", "repetition"):
+        del config["sampling"][name]
+    try:
+        path.write_text(json.dumps(config))
+        assert ask(workdir, f"--prompt={TEXT}", "--max_tokens=5") == 0
+    finally:
+        path.write_text(whole)
+    assert capsys.readouterr().out == expected(workdir, weights["rl"], TEXT, [], max_tokens=5).text + "\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

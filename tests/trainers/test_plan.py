@@ -27,7 +27,9 @@ def test_parameters_are_those_of_the_published_model():
 def test_batches_of_an_iteration():
     text = plan.describe(text_config())
     # 32 × 8 responses of at most 48 + 64 = 112 tokens: one to a row of 128; two to a row when half as long
-    assert "32 problems × 8 = 256 responses, 256 at a time: 1 × (1 prefill + at most 2 chunks of 32 tokens)" in text
+    rollout = _line(text, "RL rollout")
+    assert "32 problems × 8 = 256 responses, each of at most 64 more tokens, 256 at a time in chunks of 32" in rollout
+    assert "prompts are read 1,024 tokens at a time" in rollout
     assert "4 mini-batches of 64 responses, in micro-batches of 16 rows = 2,048 tokens" in text
     assert "64 rows, 4 micro-batches" in _line(text, "if all have the most tokens")
     assert "32 rows, 2 micro-batches" in _line(text, "if all are half as long")
@@ -42,6 +44,24 @@ def test_memory_adds_up_and_moments_come_and_go(reset):
         assert total == pytest.approx(sum(parts), abs=5e-3)
     assert ("optimizer moments" in rollout) == (not reset)
     assert "optimizer moments" in update
+
+
+@pytest.mark.parametrize("pages, count", [(None, 1 + 64 * (7 + 1)), (999, 1 + 999 // 4)])
+def test_pages_of_the_cache(pages, count):
+    """7 pages of 16 tokens for 48 + 64, and one for a copy; one to throw away. 4 layers, 1 of 2 heads of 32 float32."""
+    text = plan.describe(text_config(**{"mesh.data": 2, "sampling.pages": pages}))
+    line = _line(text, f"KV cache, {count} pages of 16 tokens")
+    size = 4 * 2 * 1 * count * 16 * 32 * 4
+    assert float(re.search(r"([\d.]+) GiB", line).group(1)) == pytest.approx(size / 2**30, abs=5e-4)
+
+
+def test_segments_bound_what_an_iteration_writes():
+    assert "each of at most 24 more tokens" in plan.describe(text_config(**{"rl.segment_tokens": 24}))
+
+
+def test_rows_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="sampling.rows=255 must be a multiple of 4"):
+        plan.describe(text_config(**{"mesh.data": 2, "sampling.rows": 255}))
 
 
 def test_sharded_bytes():

@@ -18,12 +18,27 @@ from tests.trainers import miniature
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
+SETTINGS = {  # partial rollouts with all that they have to remember, and steps enough for five disturbances
+    "sft.steps": 20,
+    "rl.iterations": 12,
+    "rl.segment_tokens": 7,
+    "rl.max_segment_lag": 2,
+    "rl.max_age": 3,
+    "rl.oversubscribe": 0.5,
+    "rl.repetition_penalty": 0.25,
+    "rl.verifier.workers": 1,
+    "sampling.repetition.window": 5,
+    "sampling.repetition.min_tokens": 1,
+}
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """One device, and programs that only the first run compiles."""
+    """One device, and programs that only the first run compiles.
+
+    A directory of its own for them: killing a process may leave one half written, which no other run should find.
+    """
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
     return os.environ | {
         "PYTHONPATH": str(ROOT),
@@ -42,13 +57,9 @@ def reference(environment, tmp_path_factory):
     return result(workdir)
 
 
-@pytest.fixture
-def workdir(tmp_path):
-    return tmp_path / "run"
-
-
 def begin(workdir: pathlib.Path, environment) -> subprocess.Popen:
     command = [sys.executable, "scripts/train.py", "--config=tests/trainers/miniature.py", f"--workdir={workdir}"]
+    command += [f"--config.{name}={value}" for name, value in SETTINGS.items()]
     workdir.mkdir(exist_ok=True)
     with open(workdir / "log.txt", "a") as out:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
@@ -103,63 +114,79 @@ def lines(path: pathlib.Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def during_sft(workdir):
-    """After the first checkpoint, before the last."""
-    return (workdir / "checkpoints/sft/4").exists() and not (workdir / "checkpoints/sft/12").exists()
+def early_in_sft(workdir):
+    return (workdir / "checkpoints/sft/4").exists() and lines(workdir / "sft_metrics.jsonl") < 4
+
+
+def late_in_sft(workdir):
+    return (workdir / "checkpoints/sft/16").exists() and not (workdir / "checkpoints/sft/20").exists()
+
+
+def early_in_rl(workdir):
+    return 2 <= lines(workdir / "metrics.jsonl") < 7
 
 
 def between_rl_saves(workdir):
-    """The metrics of iteration 3 are there; its weights are lost."""
-    return 3 <= lines(workdir / "metrics.jsonl") < 10
+    """The metrics of iteration 7 are there; its weights, and what it left in the replay buffer, are lost."""
+    return 7 <= lines(workdir / "metrics.jsonl") < 12
 
 
 def inside_a_save(workdir):
     return any((workdir / "checkpoints/rl").glob("*.orbax-checkpoint-tmp*"))
 
 
-def test_the_reference_moves_in_every_iteration(reference):
-    """Else bit-exactness would be no feat."""
-    assert (reference["latest sft"], reference["latest rl"]) == (12, 10)
-    assert [row["step"] for row in reference["sft_metrics.jsonl"]] == [3, 6, 9, 12]
-    assert [row["step"] for row in reference["metrics.jsonl"]] == [*range(1, 11)]
-    assert all(row["grad_norm"] > 1e-3 and row["updates"] == 2 for row in reference["metrics.jsonl"])
+def test_the_reference_moves_in_every_iteration_with_a_complete_group(reference):
+    """Else bit-exactness would be no feat. Without one, nothing moves and nothing was measured; the run goes on."""
+    assert (reference["latest sft"], reference["latest rl"]) == (20, 12)
+    assert [row["step"] for row in reference["sft_metrics.jsonl"]] == [3, 6, 9, 12, 15, 18, 20]
+    rows = reference["metrics.jsonl"]
+    assert [row["step"] for row in rows] == [*range(1, 13)]
+    assert rows[0]["groups"] == 0 and sum(row["groups"] == 0 for row in rows) < 4
+    for row in rows:
+        assert row["updates"] == min(row["groups"], 2) and (row["grad_norm"] > 1e-3) == (row["groups"] > 0)
+        assert row.keys() == rows[0].keys()
+        for name in ("accuracy", "accuracy_text", "accuracy_image", "reward", "response_length", "tokens_masked"):
+            assert row["groups"] or row[name] is None, name
+    for name in ("buffer_responses", "staleness", "tokens_masked", "responses_masked", "repetitive", "truncated"):
+        assert any(row[name] for row in rows), name
+    assert any(reference[f"rl buffer/{name}"][0][1] != "0" for name in ("tokens", "serial", "born"))
     parameters = [name.removeprefix("sft ") for name in reference if name.startswith("sft params/")]
     assert len(parameters) > 10
     assert all(reference[f"sft {name}"] != reference[f"rl state/{name}"] for name in parameters)
 
 
-def test_killed_three_times_and_resumed(reference, environment, workdir):
-    seconds = [0.0]
-    for moment in (during_sft, between_rl_saves, inside_a_save):
-        while True:
-            assert send(signal.SIGKILL, begin(workdir, environment), workdir, moment) == -signal.SIGKILL
-            if moment(workdir):  # else the save was complete before the signal arrived: try the next one
-                break
+def test_disturbed_five_times_and_resumed(reference, environment, tmp_path):
+    workdir, seconds = tmp_path / "run", [0.0]
+    for number, moment in (
+        (signal.SIGINT, early_in_sft),
+        (signal.SIGKILL, late_in_sft),
+        (signal.SIGINT, early_in_rl),
+        (signal.SIGKILL, between_rl_saves),
+        (signal.SIGKILL, inside_a_save),
+    ):
+        status = send(number, begin(workdir, environment), workdir, moment)
+        while moment == inside_a_save and not moment(workdir):  # the save was quicker than the signal: try the next one
+            status = send(number, begin(workdir, environment), workdir, moment)
+        assert status == (0 if number == signal.SIGINT else -number), log(workdir)
         seconds.append(json.loads((workdir / "seconds.json").read_text()))
         assert not (workdir / "summary.json").exists()
+    assert log(workdir).count("Stopping: finishing this step and saving") == 2
+    assert re.search(r"SFT stopped and saved at step \d+ of 20\. The same command resumes", log(workdir))
+    assert re.search(r"RL stopped and saved at iteration \d+ of 12\. The same command resumes", log(workdir))
     assert finish(workdir, environment) == 0, log(workdir)
     assert differences(result(workdir), reference) == []
     seconds.append(json.loads((workdir / "summary.json").read_text())["seconds"])
     assert sorted(set(seconds)) == seconds  # every attempt adds to them
 
 
-def test_stopped_twice_by_ctrl_c_and_resumed(reference, environment, workdir):
-    for moment in (during_sft, between_rl_saves):
-        assert send(signal.SIGINT, begin(workdir, environment), workdir, moment) == 0
-        assert not (workdir / "summary.json").exists()
-    assert log(workdir).count("Stopping: finishing this step and saving") == 2
-    assert re.search(r"SFT stopped and saved at step \d+ of 12\. The same command resumes", log(workdir))
-    assert re.search(r"RL stopped and saved at iteration \d+ of 10\. The same command resumes", log(workdir))
-    assert finish(workdir, environment) == 0, log(workdir)
-    assert differences(result(workdir), reference) == []
-
-
 def test_a_difference_would_be_found(reference):
-    """The comparison itself: one bit of one weight, one digit of one metric."""
-    name = next(name for name in reference if name.startswith("rl state/params"))
-    shape, data = reference[name]
-    changed = reference | {name: (shape, bytes([data[0] ^ 1]) + data[1:])}
+    """The comparison itself: one bit of one weight, one digit of one metric, one token in the replay buffer."""
+    changed = dict(reference)
+    names = [next(name for name in reference if name.startswith("rl state/params")), "rl buffer/tokens"]
+    for name in names:
+        shape, data = reference[name]
+        changed[name] = (shape, bytes([data[0] ^ 1]) + data[1:])
     rows = reference["metrics.jsonl"]
     changed["metrics.jsonl"] = [*rows[:-1], rows[-1] | {"kl": np.nextafter(rows[-1]["kl"], 1)}]
-    assert differences(changed, reference) == ["metrics.jsonl", name]
+    assert differences(changed, reference) == sorted(["metrics.jsonl", *names])
     assert miniature.get_config().rl.checkpoint_every == 2  # which the moments above count on

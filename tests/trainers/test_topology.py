@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from kimi_jax.models import config as models
+from kimi_jax.models import paged
 from kimi_jax.trainers import plan, topology
 from tests.trainers.helpers import text_config
 
@@ -43,12 +45,47 @@ def test_compiles_for_a_slice_and_fits():
     assert gradient.arguments >= 2 * weights.masters
     assert gradient.aliased >= weights.masters
     assert optimizer.arguments >= 4 * weights.masters
-    # The cache of 64 rows per chip, 112 slots, one of two key/value heads each, 4 layers, is updated in place.
-    cache = 2 * 4 * 64 * 112 * 32 * 4
-    assert chunk.arguments >= cache + weights.rollout and chunk.aliased >= cache
+    # The cache of 64 rows per chip, 8 pages of 16 tokens, one of two key/value heads, 4 layers, is updated in place.
+    cache = 2 * 4 * 64 * 8 * 16 * 32 * 4
+    for name in ("prefill", "prefill on", "decode chunk"):
+        assert programs[name].arguments >= cache + weights.rollout and programs[name].aliased >= cache, name
+    assert programs["fork"].aliased >= cache and not programs["fork"].collectives
     assert gradient.collectives["all-gather"] and gradient.collectives["all-reduce"]
     assert chunk.collectives["all-reduce"]  # of the two tensor halves of each layer
     assert gradient.flops > 0 and gradient.temporaries > 0
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+def test_heads_of_128_are_decoded_by_the_kernel_for_tpus(monkeypatch, num_kv_heads):
+    """Key/value heads split over tensor, or whole on each chip because they do not divide."""
+    wide = models.ModelConfig(
+        vocab_size=1,
+        width=256,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=num_kv_heads,
+        head_dim=128,
+        mlp_width=512,
+        rope_base=1e6,
+        tie_embeddings=True,
+        dtype="bfloat16",
+    )
+    monkeypatch.setitem(models.NAMED_SIZES, "wide", wide)
+    calls = []
+    kernel = paged._decode_tpu
+    monkeypatch.setattr(
+        paged, "_decode_tpu", lambda *args, **options: calls.append(options) or kernel(*args, **options)
+    )
+    config = text_config(**{"mesh.data": 2, "model.size": "wide", "sampling.repetition.window": 8})
+    mesh = plan.sharding.make_mesh(**config.mesh, devices=topology.topology_devices("v5e:2x4"))
+    policy = plan.setup.make_policy(config, mesh, plan.setup.model_config(config, 384))
+    *_, chunk = topology._rollout_programs(config, policy, mesh, plan.Weights.of(config, policy, mesh))
+    assert chunk.name == "decode chunk" and not chunk.error
+    assert calls == [{"interpret": False}] * 2
+    cache = 2 * 2 * 64 * 8 * 16 * max(num_kv_heads // 2, 1) * 128 * 2
+    assert chunk.aliased >= cache and chunk.temporaries < cache
 
 
 @needs_libtpu
@@ -61,7 +98,6 @@ def test_what_does_not_fit_says_by_how_much():
     programs = tuple(topology._rollout_programs(config, policy, mesh, plan.Weights.of(config, policy, mesh)))
     report = topology.Report("", topology.HBM[devices[0].device_kind], programs)
     assert not report.fits
-    prefill = programs[-1]
-    assert prefill.name == "prefill"  # nothing that reads its result was tried
+    prefill = {program.name: program for program in programs}["prefill"]
     assert re.search(r"needs [\d.,]+ GiB per chip, [\d.,]+ more than the 15.75", prefill.error)
     assert "does NOT fit" in str(report) and "sampling.rows" in str(report)

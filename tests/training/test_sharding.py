@@ -16,7 +16,9 @@ from kimi_jax.rl.batch import build_minibatches
 from kimi_jax.sampling import decode
 from kimi_jax.sampling.handover import make_handover, num_bytes
 from kimi_jax.sampling.logits import SamplingSettings
+from kimi_jax.sampling.repetition import RepetitionSettings
 from kimi_jax.training import optim, sharding
+from kimi_jax.types import Request, StopReason
 from tests.helpers import (
     CONFIG,
     PACKING,
@@ -25,6 +27,7 @@ from tests.helpers import (
     make_engine,
     random_groups,
     random_params,
+    random_prompt,
     random_prompts,
     random_rewards,
     rl_stepper,
@@ -53,7 +56,7 @@ def specs(params):
 
 def minibatch():
     groups = random_groups(0, (5, 4, 3, 5, 4, 3))
-    shape = dict(rows=4, row_tokens=48, row_patches=48, responses=19, **PACKING)
+    shape = dict(rows=4, row_tokens=48, row_patches=48, responses=19, oldest_version=0, **PACKING)
     batches = build_minibatches(groups, *random_rewards(1, groups), minibatches=1, **shape)[0]
     assert len(batches) == 2
     return batches
@@ -106,31 +109,73 @@ def test_moments_and_gradients_lie_like_the_parameters():
     assert per_device < 0.35 * num_bytes(grads)  # a quarter, and the small ones that every device has
 
 
+PROGRAMS = (decode.prefill, decode.fork, decode.decode)
+
+
+def answers(engine, params, requests, **options):
+    """Every request's segment."""
+    settings = SamplingSettings.of(temperature=1.0, end_ids=[7, 41])
+    flight = engine.start(params, requests, run_key=jax.random.key(3), settings=settings, **options)
+    found = {}
+    while not flight.done:
+        found |= flight.advance()
+    assert all(len(free) == engine.shard_pages - 1 for free in flight._free)
+    return [found[i] for i in range(len(requests))], flight
+
+
 @needs_eight
-def test_sampling_on_eight_devices_gives_the_tokens_of_one():
-    mesh = make_mesh()
-    engine = make_engine(policy=Policy(SPLIT), rows=8, max_tokens=11)
-    masters, prompts = random_params(SPLIT), random_prompts()
-    kwargs = dict(
-        k=2,
-        first_serial=0,
-        run_key=jax.random.key(0),
-        settings=SamplingSettings.of(temperature=0.0, end_ids=[SPLIT.vocab_size]),
-        policy_version=0,
-    )
-    one = engine.generate(sampling_params(masters, SPLIT), prompts, **kwargs)
+@pytest.mark.parametrize("data, fsdp, tensor", [(2, 2, 2), (1, 1, 8), (8, 1, 1)])
+def test_sampling_on_eight_devices_gives_the_tokens_of_one(data, fsdp, tensor):
+    """Ragged groups, some begun before, long prompts in pieces, images, more than there are slots and pages."""
+    mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    limits = dict(rows=8, prompt_tokens=37, max_tokens=11, prefill_tokens=16, repetition_window=5)
+    rules = RepetitionSettings.of(min_tokens=3, repeats=2, span=3, share=1.0)
+    one = make_engine(policy=Policy(SPLIT), repetition=rules, **limits)
+    pages = data * fsdp * max(one.row_pages + 1, 30 // (data * fsdp))  # rows of one shard wait for each other's
     put_rows = functools.partial(sharding.put_rows, mesh)
-    eight = dataclasses.replace(engine, policy=Policy(SPLIT, mesh=mesh), put_rows=put_rows)
+    eight = dataclasses.replace(one, policy=Policy(SPLIT, mesh=mesh), put_rows=put_rows, pages=pages)
+    rng = np.random.default_rng(7)
+    prompts = [*random_prompts(), random_prompt(np.random.default_rng(3), 31, [(7, 13)])]
+    requests = [
+        Request(prompt, int(rng.integers(2**32)), 6, rng.integers(8, 40, 5 * (j % 2)).astype(np.int32))
+        for prompt, k in zip(prompts, (3, 4, 2, 1, 5, 3, 2), strict=True)
+        for j in range(k)
+    ]
+    requests = [requests[i] for i in rng.permutation(len(requests))]
+
+    masters = random_params(SPLIT)
+    expected, alone = answers(one, sampling_params(masters, SPLIT), requests)
     to_rollout = make_handover(eight.policy, mesh, dtype="float32")
-    masters = jax.device_put(masters, sharding.shardings(mesh, masters, sharding.TRAIN_RULES))
-    compiled = decode.start._cache_size(), decode.decode_chunk._cache_size()
-    on_eight = eight.generate(to_rollout(masters, None), prompts, **kwargs)
-    # Chunk after chunk is one program: the state it gives back lies as the state that it was given.
-    assert (decode.start._cache_size(), decode.decode_chunk._cache_size()) == (compiled[0] + 1, compiled[1] + 1)
-    for group, group_8 in zip(one, on_eight, strict=True):
-        for rollout, rollout_8 in zip(group, group_8, strict=True):
-            np.testing.assert_array_equal(rollout_8.tokens, rollout.tokens)
-            np.testing.assert_allclose(rollout_8.logprobs, rollout.logprobs, atol=1e-5)
+    params = to_rollout(jax.device_put(masters, sharding.shardings(mesh, masters, sharding.TRAIN_RULES)), None)
+    before = [program._cache_size() for program in PROGRAMS]
+    found, flight = answers(eight, params, requests)
+    # Chunk after chunk is one program: the cache that it gives back lies as the one that it was given.
+    compiled = [program._cache_size() - count for program, count in zip(PROGRAMS, before, strict=True)]
+    assert compiled == [4, 1, 1]  # pieces of one length, with and without images, at the beginning and further on
+    assert eight.new_pages()[0][0].sharding == eight.page_shapes()[0][0].sharding
+    if mesh.shape["tensor"] == 8:  # prompts are read once, as on one device; where pages are few some are read again
+        assert flight.prefilled_tokens == alone.prefilled_tokens
+    assert [s.stop for s in found] == [s.stop for s in expected]
+    assert {s.stop for s in found} >= {StopReason.END, StopReason.LENGTH}
+    for segment, segment_8 in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(segment_8.tokens, segment.tokens)
+        np.testing.assert_allclose(segment_8.logprobs, segment.logprobs, atol=1e-5)
+
+
+@needs_eight
+def test_a_fork_copies_within_each_shard():
+    mesh = make_mesh()
+    rng = np.random.default_rng(0)
+    pool = rng.normal(size=(2, 4 * 5, 3, 7)).astype(np.float32)  # 5 pages in each of 4 shards
+    where = NamedSharding(mesh, P("tensor", ("data", "fsdp")))
+    source, target = np.array([2, 2, 0, 0, 1, 3, 0, 4], np.int32), np.array([1, 4, 0, 0, 2, 4, 0, 1], np.int32)
+    expected = pool.copy().reshape(2, 4, 5, 3, 7)
+    for b in range(8):
+        if target[b]:
+            expected[:, b // 2, target[b]] = pool.reshape(2, 4, 5, 3, 7)[:, b // 2, source[b]]
+    copied = decode.fork((jax.device_put(pool, where),), *sharding.put_rows(mesh, (source, target)), mesh=mesh)[0]
+    np.testing.assert_array_equal(copied, expected.reshape(pool.shape))
+    assert copied.sharding == where
 
 
 @needs_eight
