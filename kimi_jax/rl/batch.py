@@ -80,17 +80,18 @@ def _micro_batch(examples, records, plan, rows, responses, oldest_version, pack)
     behavior = np.zeros(packed.tokens.shape, np.float32)
     versions = np.zeros(packed.tokens.shape, np.int32)
     per_response = {name: np.zeros(responses, np.float32) for name in ("rewards", "advantages", "weights")}
-    per_response |= {name: np.zeros(responses, np.int32) for name in ("group",)}
+    per_response["group"] = np.zeros(responses, np.int32)
     lengths = np.ones(responses, np.float32)
     for n, (index, (row, start)) in enumerate(placements.items()):
         rollout, reward, advantage, weight, group = records[index]
         prompt_length = len(examples[index].tokens) - len(rollout)
         # The target of position t is token t + 1.
         targets = slice(start + prompt_length - 1, start + len(examples[index].tokens) - 1)
-        response[row, targets] = n
+        in_loss = rollout.versions >= oldest_version
+        packed.loss_mask[row, targets] &= in_loss
+        response[row, targets] = np.where(in_loss, n, 0)
         behavior[row, targets] = rollout.logprobs
         versions[row, targets] = rollout.versions
-        packed.loss_mask[row, targets] &= rollout.versions >= oldest_version
         lengths[n] = max(len(rollout), 1)  # a response may be cut before its first token
         values = (reward, advantage, weight, group)
         for name, value in zip(per_response, values, strict=True):

@@ -60,6 +60,13 @@ class Engine:
                 f"sampling.rows={self.rows} must be a multiple of {self.shards}, the devices that rows are split over "
                 "(mesh.data x mesh.fsdp)."
             )
+        if self.shard_pages <= self.row_pages:
+            raise ValueError(
+                f"sampling.pages={self.pages} cannot hold one response of full length: that takes {self.row_pages} "
+                f"pages of {self.page} tokens, one more if it shares its prompt, on each of {self.shards} shards of "
+                "rows. Set sampling.pages to at least "
+                f"{(self.row_pages + 1) * self.shards}, or None for enough for all rows."
+            )
 
     # --- what fits ---
 

@@ -23,10 +23,11 @@ SIZE = models.ModelConfig(
 
 
 def prepare(monkeypatch) -> None:
-    """For a job within the process of a test: forgets the size afterwards, and compiles most of it fast."""
+    """For a job within the process of a test: on one device, compiles most of it fast, forgets the size afterwards."""
     import jax
 
     from kimi_jax.trainers.setup import Setup
+    from kimi_jax.training import sharding
     from kimi_jax.training.step import Stepper
     from tests.helpers import QUICK_COMPILE
 
@@ -38,6 +39,7 @@ def prepare(monkeypatch) -> None:
 
         return call
 
+    monkeypatch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
     monkeypatch.setitem(models.NAMED_SIZES, "miniature", SIZE)
     monkeypatch.setattr(Stepper, "__init__", quick(Stepper.__init__))
     monkeypatch.setattr(Setup, "init_params", quick(Setup.init_params))
