@@ -1,6 +1,9 @@
 """Countdown and richer pictures on one GPU: search with backtracking; several fonts, sizes, jitter and noise.
 
     python scripts/train.py --config=configs/rl_gpu.py --workdir=runs/rl_gpu
+
+Half an H200 (two runs shared one): 5 min 30 s. Pass@1 on held-out problems, mean of three seeds: Countdown 39.5% ->
+62.0%, pictures 58.8% -> 81.9%. SFT stops before its plateau: docs/log.md has the controls.
 """
 
 from kimi_jax.trainers.config import default_config

@@ -56,7 +56,6 @@ def contents(directory: pathlib.Path) -> dict[str, bytes]:
     "changes, told",
     [
         ({"sft__rows": 13}, r"sft\.rows=13 must be a multiple of config\.sft\.micro_rows=8"),
-        ({"rl__responses": 5}, r"sampling\.rows=16 must be a multiple of config\.rl\.responses=5"),
         ({"rl__updates": 5}, r"rl\.problems=6 must be a multiple of config\.rl\.updates=5"),
         ({"rows__logits_chunk": 7}, r"rows\.tokens=64 must be a multiple of config\.rows\.logits_chunk=7"),
         ({"rows__logits_chunk": 0}, r"rows\.logits_chunk=0"),
@@ -67,6 +66,15 @@ def contents(directory: pathlib.Path) -> dict[str, bytes]:
         ({"data__image_tasks": ("pips", "text_image")}, r"multiples of the number of image tasks, 2"),
         ({"sft__examples_per_kind": 31}, r"sft\.examples_per_kind=31 exceeds config\.data\.train_per_kind=29"),
         ({"rl__tau": 0.0}, r"rl\.tau=0\.0"),
+        ({"rl__segment_tokens": 0}, r"rl\.segment_tokens=0 must be at least 1"),
+        ({"rl__max_segment_lag": -1}, r"rl\.max_segment_lag=-1 must be at least 0"),
+        ({"rl__max_age": -1}, r"rl\.max_age=-1 must be at least 0"),
+        ({"rl__oversubscribe": -0.5}, r"rl\.oversubscribe=-0\.5 must be at least 0"),
+        ({"rl__oversubscribe": 9.0}, r"rl\.oversubscribe=9\.0 begins with 60 problems, but there are 58\. Raise"),
+        ({"rl__verifier__workers": -1}, r"rl\.verifier\.workers=-1 must be at least 0"),
+        ({"rl__verifier__deadline_s": 0.0}, r"rl\.verifier\.deadline_s=0\.0 must be positive"),
+        ({"rl__repetition_penalty": -0.1}, r"rl\.repetition_penalty=-0\.1 must be at least 0"),
+        ({"sampling__repetition__window": -1}, r"sampling\.repetition\.window=-1 must be at least 0"),
     ],
 )
 def test_arithmetic_that_does_not_work_out(changes, told, tmp_path, not_even_built):
@@ -96,6 +104,7 @@ def test_a_misspelt_key(tmp_path, not_even_built):
         ({"mesh__fsdp": 17}, "does not cover"),
         ({"model__size": "huge"}, "Choose one of"),
         ({"model__attention": "fast"}, "'auto' or one of"),
+        ({"sampling__repetition__repeats": 1}, r"repetition repeats=1 must lie in 2\.\.1000"),
     ],
 )
 def test_settings_that_do_not_fit_the_data_or_the_machine(changes, told, tmp_path, nothing_expensive):
