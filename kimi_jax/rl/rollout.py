@@ -50,7 +50,7 @@ class Collected:
 
 def collect(
     buffer: ReplayBuffer,
-    new: Sequence[int],
+    new: Sequence[int] | np.ndarray,
     *,
     engine: Engine,
     params: dict,

@@ -51,6 +51,7 @@ def finished(tmp_path, monkeypatch):
     miniature.prepare(monkeypatch)
     config = miniature.get_config()
     config.rl.permute_advantages = False
+    config.rl.iterations = 2
     pipeline.run(config, tmp_path / "run")
     return tmp_path / "run"
 
@@ -75,7 +76,7 @@ def test_both_controls_on_a_run_in_miniature(finished, capsys):
     assert 0 < row["n"] <= 11 and all(0 <= share <= 1 for name, share in row.items() if name != "n")
     assert all(path.read_bytes() == data for path, data in before.items())  # the run is as it was
     with Checkpointer.reader(target / "checkpoints" / "rl") as checkpoints:
-        assert checkpoints.latest_step() == 10
+        assert checkpoints.latest_step() == 2
 
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path, capsys):

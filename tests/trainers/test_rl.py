@@ -18,6 +18,8 @@ from kimi_jax.training.checkpoint import Checkpointer
 from kimi_jax.types import Outcome, StopReason
 from tests.trainers import miniature, stubborn_judge
 
+pytestmark = pytest.mark.slow
+
 LAG, PENALTY = 1, 0.3
 CHANGES = {
     "data.image_tasks": (),
