@@ -52,4 +52,5 @@ def get_config():
         config.sampling.prompt_tokens = 32
         config.sampling.prompt_patches = 64
         config.sampling.max_tokens = 40
+        config.sampling.prefill_tokens = 256  # few: most calls read the prompts of the few slots that became free
     return config.lock()
