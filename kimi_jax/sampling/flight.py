@@ -9,16 +9,15 @@ The host decides from small arrays alone, and never by the clock: what a request
 slot, its neighbours or the order of the others (exactly so in float32).
 """
 
-import dataclasses
 import time
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from kimi_jax.arrays import PackedRows
 from kimi_jax.sampling import decode, repetition
-from kimi_jax.types import Prompt, Segment, StopReason
+from kimi_jax.sampling.holdings import FreePages, Group, Load, Row, segment_of
+from kimi_jax.types import Segment, StopReason
 
 if TYPE_CHECKING:
     from kimi_jax.sampling.engine import Engine
@@ -42,17 +41,17 @@ class Flight:
         self._stop_strings = tuple(stop_strings)
         self._pages = engine.new_pages() if requests else None
         self._repeated = engine.put_rows(repetition.start(engine.rows, window=engine.repetition_window))
-        self._free = [_FreePages(engine.shard_pages) for _ in range(engine.shards)]
+        self._free = [FreePages(engine.shard_pages) for _ in range(engine.shards)]
         self._slots = engine.empty_slots()
-        self._rows: list[_Row | None] = [None] * engine.rows
-        self._groups: dict[int, _Group] = {}  # by id of the prompt
+        self._rows: list[Row | None] = [None] * engine.rows
+        self._groups: dict[int, Group] = {}  # by id of the prompt
         for request in self.requests:
-            group = self._groups.setdefault(id(request.prompt), _Group(request.prompt))
+            group = self._groups.setdefault(id(request.prompt), Group(request.prompt))
             group.members += 1
             group.left += 1
         self._waiting = list(range(len(self.requests)))
-        self._loads: list[_Load] = []
-        self._new: list[_Row] = []  # that took their slots since the last chunk
+        self._loads: list[Load] = []
+        self._new: list[Row] = []  # that took their slots since the last chunk
         self._fork_from = np.zeros(engine.rows, np.int32)
         self._fork_to = np.zeros(engine.rows, np.int32)
 
@@ -91,12 +90,12 @@ class Flight:
     def peek(self, index: int) -> Segment:
         """What was added to a request so far."""
         row = next((row for row in self._rows if row is not None and row.index == index), None)
-        return row.segment(None) if row else _segment([], [], None)
+        return row.segment(None) if row else segment_of([], [], None)
 
     def close(self) -> list[tuple[int, Segment]]:
         """Ends the flight. Returns what was added to the requests that are not finished, in order."""
         rest = [(row.index, row.segment(None)) for row in self._rows if row is not None]
-        rest += [(index, _segment([], [], None)) for index in self._waiting]
+        rest += [(index, segment_of([], [], None)) for index in self._waiting]
         self._rows = [None] * self.engine.rows
         self._slots.live[:] = False
         self._waiting, self._pages = [], None
@@ -130,7 +129,7 @@ class Flight:
                 blocked[shard] = not empty[shard]
         self._waiting = still_waiting
 
-    def _place(self, index: int, group: "_Group", shard: int, empty: list[int]) -> bool:
+    def _place(self, index: int, group: Group, shard: int, empty: list[int]) -> bool:
         """Reserves pages and a slot. False if there are not enough pages."""
         request, page, free = self.requests[index], self.engine.page, self._free[shard]
         shared = len(group.prompt.tokens) - 1 if group.members > 1 else 0
@@ -146,10 +145,10 @@ class Flight:
             group.pages = free.take(common)
             if shared:
                 table = np.array(group.pages, np.int32)
-                group.load = _Load(group.prompt.tokens[:shared], 0, table, shard, self.engine.image_rows(group.prompt))
+                group.load = Load(group.prompt.tokens[:shared], 0, table, shard, self.engine.image_rows(group.prompt))
                 self._loads.append(group.load)
         slot = empty.pop()
-        row = _Row(index, group, slot, shard, free.take(own))
+        row = Row(index, group, slot, shard, free.take(own))
         self._rows[slot] = row
         self._new.append(row)
         tokens = np.concatenate([request.prompt.tokens, request.prefix]).astype(np.int32)
@@ -168,7 +167,7 @@ class Flight:
             row.fork = (group.pages[-1], row.pages[0])
         if len(tokens) - 1 > shared:
             images = None if shared else self.engine.image_rows(group.prompt)
-            row.load = _Load(tokens[shared:-1], shared, table, shard, images)
+            row.load = Load(tokens[shared:-1], shared, table, shard, images)
         if group.load and not group.load.done:
             group.load.then.append(row)
         else:
@@ -184,7 +183,7 @@ class Flight:
 
     # --- prefill ---
 
-    def _loaded(self, row: "_Row") -> None:
+    def _loaded(self, row: Row) -> None:
         """The next thing that a row needs, now that what it shares is in the cache."""
         if row.fork:
             self._fork_from[row.slot], self._fork_to[row.slot] = row.fork
@@ -232,7 +231,7 @@ class Flight:
         engine = self.engine
         shape = bucket, with_images, fresh = self._loads[0].shape(engine)
         per_shard = engine.prefill_rows(bucket) // engine.shards
-        chosen: list[list[_Load]] = [[] for _ in range(engine.shards)]
+        chosen: list[list[Load]] = [[] for _ in range(engine.shards)]
         for load in self._loads:
             if len(chosen[load.shard]) < per_shard and load.shape(engine) == shape:
                 chosen[load.shard].append(load)
@@ -278,7 +277,7 @@ class Flight:
                 self._leave(row)
         return sorted(finished, key=lambda item: item[0])
 
-    def _after_stop_string(self, row: "_Row", n: int) -> int | None:
+    def _after_stop_string(self, row: Row, n: int) -> int | None:
         """How many of the newest n tokens come after the one that completes a stop string; None without one."""
         text = self.engine.decode_text
         written = np.concatenate([self.requests[row.index].prefix, *row.tokens])
@@ -291,7 +290,7 @@ class Flight:
                 return surplus
         return None
 
-    def _leave(self, row: "_Row") -> None:
+    def _leave(self, row: Row) -> None:
         group = row.group
         free = self._free[row.shard]
         free.give(row.pages)
@@ -303,103 +302,3 @@ class Flight:
 
 
 _refresh = jax.jit(repetition.refresh, donate_argnames="state")
-
-
-class _FreePages:
-    """The pages of one shard that nobody holds. Page 0 is never among them."""
-
-    def __init__(self, count: int):
-        self._pages = list(range(count - 1, 0, -1))
-
-    def __len__(self) -> int:
-        return len(self._pages)
-
-    def take(self, count: int) -> list[int]:
-        return [self._pages.pop() for _ in range(count)]
-
-    def give(self, pages: list[int]) -> None:
-        self._pages += pages
-
-
-@dataclasses.dataclass(eq=False)
-class _Group:
-    """The requests that hold one prompt. If they are several, it is read once, but for its last token."""
-
-    prompt: Prompt
-    members: int = 0
-    left: int = 0  # members that are not finished: the references to `pages`
-    shard: int | None = None
-    pages: list[int] | None = None  # of the shared part; the last may be partly filled, and each member copies it
-    load: "_Load | None" = None
-
-
-@dataclasses.dataclass(eq=False)
-class _Load:
-    """Tokens on their way into the cache, piece by piece."""
-
-    tokens: np.ndarray  # int32 [n]
-    start: int  # position of the first
-    table: np.ndarray  # int32, pages of the sequence
-    shard: int
-    images: PackedRows | None  # one row: the prompt that `tokens` begins, if it has images
-    read: int = 0
-    done: bool = False
-    then: list["_Row"] = dataclasses.field(default_factory=list)  # who waits for it
-
-    @property
-    def complete(self) -> bool:
-        return self.read == len(self.tokens)
-
-    def _piece(self, engine: "Engine") -> int:
-        return min(len(self.tokens) - self.read, engine.bucket(len(self.tokens) - self.read))
-
-    def shape(self, engine: "Engine") -> tuple[int, bool, bool]:
-        """Of a call that reads the next piece: (row length, are there images in it, does it begin the sequence?)"""
-        piece = self._piece(engine)
-        pictured = self.images is not None and (self.images.image_index[0, self.read : self.read + piece] >= 0).any()
-        return engine.bucket(piece), bool(pictured), self.start + self.read == 0
-
-    def fill(self, r: int, rows: PackedRows, table: np.ndarray) -> int:
-        """Writes the next piece into row r of the arguments of a prefill call. Returns its length."""
-        piece = self.tokens[self.read : self.read + rows.tokens.shape[1]]
-        n = len(piece)
-        rows.tokens[r, :n] = piece
-        rows.positions[r, :n] = self.start + self.read + np.arange(n)
-        rows.segments[r, :n] = 1
-        if rows.patches.shape[1]:
-            image_index = self.images.image_index[0, self.read : self.read + n]
-            rows.image_index[r, : len(image_index)] = image_index
-            rows.patches[r], rows.patch_positions[r] = self.images.patches[0], self.images.patch_positions[0]
-            rows.patch_segments[r] = self.images.patch_segments[0]
-        table[r, : len(self.table)] = self.table
-        self.read += n
-        return n
-
-
-@dataclasses.dataclass(eq=False)
-class _Row:
-    """A request in a slot."""
-
-    index: int
-    group: _Group
-    slot: int
-    shard: int
-    pages: list[int]  # its own
-    fork: tuple[int, int] | None = None  # page to copy before anything else, and where to
-    load: _Load | None = None  # to read after that
-    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)  # per chunk
-    logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
-
-    def cut(self, surplus: int) -> None:
-        """Drops the newest tokens, all of them from the last chunk."""
-        if surplus:
-            self.tokens[-1], self.logprobs[-1] = self.tokens[-1][:-surplus], self.logprobs[-1][:-surplus]
-
-    def segment(self, stop: StopReason | None) -> Segment:
-        return _segment(self.tokens, self.logprobs, stop)
-
-
-def _segment(tokens, logprobs, stop) -> Segment:
-    return Segment(
-        np.concatenate([np.zeros(0, np.int32), *tokens]), np.concatenate([np.zeros(0, np.float32), *logprobs]), stop
-    )
