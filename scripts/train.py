@@ -31,6 +31,14 @@ PROCESS = flags.DEFINE_integer("process", None, "With --distributed: which of th
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from even if it is one in what was given.")
 
 
+_OUT_OF_MEMORY = (
+    "The device ran out of memory. What takes it, by phase, is what --dry_run prints. To need less: in the rollout "
+    "sampling.rows, sampling.pages, sampling.prefill_tokens; in the update sft.micro_rows, rl.micro_rows, rows.tokens, "
+    "rows.logits_chunk, or model.remat=True; more devices or mesh.fsdp. What was saved is intact: the same command "
+    "resumes, and --traceback shows where it happened."
+)
+
+
 def run(argv: list[str]) -> None:
     if len(argv) > 1:
         raise ValueError(f"Unexpected argument {argv[1]!r}. Flags begin with --, and values follow = without a space.")
@@ -109,10 +117,15 @@ def _ours(error: Exception) -> bool:
 def main() -> None:
     try:
         app.run(run, flags_parser=parse_flags)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if "--traceback" in sys.argv or not _ours(error):
             raise
         print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if "--traceback" in sys.argv or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"Error: {_OUT_OF_MEMORY}\n{str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -296,3 +296,9 @@ def test_rows_that_do_not_divide_over_the_devices_are_refused():
     mesh = jax.sharding.AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"))
     with pytest.raises(ValueError, match=r"sampling.rows=6 must be a multiple of 4.*mesh.data x mesh.fsdp"):
         engine_with(policy=Policy(SMALL, mesh=mesh))
+
+
+def test_a_cache_too_small_for_one_response_is_refused_when_the_engine_is_made():
+    make_engine(pages=8)  # 19 + 13 tokens in pages of 4
+    with pytest.raises(ValueError, match="sampling.pages=7 cannot hold one response .* takes 8 pages .* at least 9"):
+        make_engine(pages=7)

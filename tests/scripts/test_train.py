@@ -29,6 +29,8 @@ def _train(*arguments):
         (["--config=configs/quikstart.py", "--dry_run"], "configs/quickstart.py"),
         (["--dry_run"], "configs/quickstart.py"),
         ([CONFIG, "--dryrun"], "dry_run"),
+        ([CONFIG, "--workdir=runs/x", "--processes=2"], "--distributed, which is missing"),
+        ([CONFIG, "--workdir=runs/x", "--distributed", "--processes=2"], "give all three"),
         ([CONFIG, "--dry_run", "surplus"], "surplus"),
     ],
 )
