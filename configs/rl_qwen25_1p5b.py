@@ -8,8 +8,8 @@ What the compiler says (libtpu 0.0.42, JAX 0.10.2; five to ten minutes on two CP
     v5p:4x4x4    64 chips, rows over  32 groups   9.1 of 95.7 GiB per chip at the peak, which is decoding
 
 The weights are random and the task is arithmetic, standing in for published weights and real problems until they can be
-imported; so there is no result to expect yet. Slices like these have several hosts, and the entry point does not start
-`jax.distributed` yet. The mesh needs a multiple of 32 chips.
+imported; so there is no result to expect yet. Slices like these have several hosts: start it on each with
+--distributed. The mesh needs a multiple of 32 chips.
 """
 
 from kimi_jax.trainers.config import default_config
@@ -38,6 +38,8 @@ def get_config():
         config.sampling.prompt_patches = 0
         config.sampling.max_tokens = 7_168
         config.sampling.chunk = 64
+        config.sampling.page = 64
+        config.sampling.prefill_tokens = 8_192
 
         config.sft.rows = 128
         config.sft.micro_rows = 128
