@@ -3,7 +3,7 @@
     bash scripts/quickstart.sh
     python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Four x86 cores: 4 min 52 s. Pass@1 on held-out problems, mean of three seeds: text 49.3% -> 77.9%, image 54.3% -> 84.3%.
+Two x86 cores: 6.8 min. Pass@1 on held-out problems, mean of three seeds: text 51.6% -> 81.0%, image 58.8% -> 86.2%.
 SFT stops far from its plateau, because two cores have no time for one.
 """
 
