@@ -2,10 +2,11 @@
 
 A stack is a sequence of *runs* of equal layers. In the training layout the parameters of a run are stacked along a
 leading layer axis, so that a run compiles as one layer; in the sampling layout every layer has arrays of its own,
-because a decode step that slices a stack re-reads it (twice the time per step, measured on an H100 at the 1.5B shape).
+because a decode step that slices a stack re-reads it (twice the time per step, measured on an H100 at the 1.5B shape),
+and its matrices are fused (`layers.fuse`).
 
     training   {"runs": {"0": stacked, "1": stacked, ...}}
-    sampling   {"layers": {"0": ..., "1": ..., ...}}
+    sampling   {"layers": {"0": fused, "1": fused, ...}}
 """
 
 import dataclasses
@@ -41,13 +42,14 @@ def init_runs(runs: tuple[Run, ...], key: jax.Array) -> dict:
     }
 
 
-def unstack_runs(stacked: dict) -> dict:
+def unstack_runs(stacked: dict, head_dim: int) -> dict:
     """Training layout -> sampling layout."""
     layers_: dict = {}
     for i in range(len(stacked)):
         run = stacked[str(i)]
         for index in range(jax.tree.leaves(run)[0].shape[0]):
-            layers_[str(len(layers_))] = jax.tree.map(lambda leaf, index=index: leaf[index], run)
+            layer = jax.tree.map(lambda leaf, index=index: leaf[index], run)
+            layers_[str(len(layers_))] = layers.fuse(layer, head_dim)
     return layers_
 
 

@@ -28,10 +28,12 @@ def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention. Shapes: x [..., T, width], angles [..., T, E / 2]."""
+    """Grouped-query attention. Shapes: x [..., T, width], angles [..., T, E / 2]. `fused` is explained at `fuse`."""
 
-    def __init__(self, width, *, num_heads, num_kv_heads, head_dim, qkv_bias, qk_norm, eps, out_scale, dtype, rngs):
-        self.head_dim = head_dim
+    def __init__(
+        self, width, *, num_heads, num_kv_heads, head_dim, qkv_bias, qk_norm, fused, eps, out_scale, dtype, rngs
+    ):
+        self.num_kv_heads, self.head_dim, self.fused = num_kv_heads, head_dim, fused
 
         def linear(n_in, n_out, bias=False, scale=1.0):
             init = nnx.initializers.variance_scaling(scale**2, "fan_in", "normal")
@@ -39,17 +41,24 @@ class Attention(nnx.Module):
                 n_in, n_out, use_bias=bias, kernel_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
             )
 
-        self.q_proj = linear(width, num_heads * head_dim, qkv_bias)
-        self.k_proj = linear(width, num_kv_heads * head_dim, qkv_bias)
-        self.v_proj = linear(width, num_kv_heads * head_dim, qkv_bias)
+        if fused:
+            self.qkv_proj = linear(width, (num_heads + 2 * num_kv_heads) * head_dim, qkv_bias)
+        else:
+            self.q_proj = linear(width, num_heads * head_dim, qkv_bias)
+            self.k_proj = linear(width, num_kv_heads * head_dim, qkv_bias)
+            self.v_proj = linear(width, num_kv_heads * head_dim, qkv_bias)
         self.o_proj = linear(num_heads * head_dim, width, scale=out_scale)
         self.q_norm = rms_norm(head_dim, eps, dtype, rngs) if qk_norm else None
         self.k_norm = rms_norm(head_dim, eps, dtype, rngs) if qk_norm else None
 
     def project(self, x, angles):
         """Rotated queries [..., T, H, E] and keys [..., T, K, E], and values [..., T, K, E]."""
-        split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)  # noqa: E731
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        split = lambda y: y.reshape(*x.shape[:-1], -1, self.head_dim)  # noqa: E731
+        if self.fused:
+            groups = self.qkv_proj(x).reshape(*x.shape[:-1], self.num_kv_heads, -1, self.head_dim)
+            q, k, v = split(groups[..., :-2, :]), groups[..., -2, :], groups[..., -1, :]
+        else:
+            q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, angles), apply_rope(k, angles), v
@@ -59,32 +68,44 @@ class Attention(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202)."""
+    """down(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202). `fused` is explained at `fuse`."""
 
-    def __init__(self, width, mlp_width, *, out_scale, dtype, rngs):
+    def __init__(self, width, mlp_width, *, fused, out_scale, dtype, rngs):
         def linear(n_in, n_out, scale=1.0):
             init = nnx.initializers.variance_scaling(scale**2, "fan_in", "normal")
             return nnx.Linear(
                 n_in, n_out, use_bias=False, kernel_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
             )
 
-        self.gate_proj = linear(width, mlp_width)
-        self.up_proj = linear(width, mlp_width)
+        self.fused = fused
+        if fused:
+            self.gate_up_proj = nnx.LinearGeneral(
+                width, (2, mlp_width), use_bias=False, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
+            )
+        else:
+            self.gate_proj = linear(width, mlp_width)
+            self.up_proj = linear(width, mlp_width)
         self.down_proj = linear(mlp_width, width, out_scale)
 
     def __call__(self, x):
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.fused:
+            both = self.gate_up_proj(x)
+            gate, up = both[..., 0, :], both[..., 1, :]
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
     """Pre-norm attention and MLP. `packed` sees whole sequences, `prefill` and `decode`
     write into a paged KV cache (`models.paged`) and read from it."""
 
-    def __init__(self, width, mlp_width, *, eps, dtype, rngs, out_scale, **attention_shape):
+    def __init__(self, width, mlp_width, *, eps, dtype, rngs, out_scale, fused=False, **attention_shape):
+        parts = dict(fused=fused, out_scale=out_scale, dtype=dtype, rngs=rngs)
         self.attn_norm = rms_norm(width, eps, dtype, rngs)
-        self.attn = Attention(width, eps=eps, out_scale=out_scale, dtype=dtype, rngs=rngs, **attention_shape)
+        self.attn = Attention(width, eps=eps, **parts, **attention_shape)
         self.mlp_norm = rms_norm(width, eps, dtype, rngs)
-        self.mlp = SwiGLU(width, mlp_width, out_scale=out_scale, dtype=dtype, rngs=rngs)
+        self.mlp = SwiGLU(width, mlp_width, **parts)
 
     def packed(self, x, angles, segments, *, causal, implementation, mesh):
         """x [R, T, D] -> (x, (keys, values) each [R, T, K, E]). Tokens see only their own segment."""
@@ -125,6 +146,37 @@ class Block(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), tuple(pages)
 
 
-def rms_norm(width, eps, dtype, rngs):
-    """RMSNorm in float32, cast back to the compute dtype (nnx.RMSNorm reduces in float32)."""
-    return nnx.RMSNorm(width, epsilon=eps, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+def fuse(block: dict, head_dim: int) -> dict:
+    """Parameters of a Block -> those of a Block with fused=True: matrices that read the same input become one.
+
+    A decode step takes as long as it takes to read the weights, and few large matrices are read faster than many small
+    ones. Both have an axis to split over devices without cutting what belongs together: qkv_proj [D, K · (G + 2) · E]
+    holds, for each of K key/value heads, its G query heads, the key and the value; gate_up_proj is [D, 2, F].
+    """
+    attn, mlp = dict(block["attn"]), dict(block["mlp"])
+    q, k, v = (attn.pop(f"{name}_proj") for name in "qkv")
+    K = k["kernel"].shape[-1] // head_dim
+
+    def join(*qkv):  # kernels or biases
+        groups = [w.reshape(*w.shape[:-1], K, -1, head_dim) for w in qkv]
+        return jnp.concatenate(groups, axis=-2).reshape(*qkv[0].shape[:-1], -1)
+
+    attn["qkv_proj"] = jax.tree.map(join, q, k, v)
+    stack = lambda gate, up: jnp.stack([gate, up], axis=-2)  # noqa: E731
+    mlp["gate_up_proj"] = jax.tree.map(stack, mlp.pop("gate_proj"), mlp.pop("up_proj"))
+    return block | {"attn": attn, "mlp": mlp}
+
+
+class RMSNorm(nnx.RMSNorm):
+    """x / rms(x) · scale over the last axis (arXiv 1910.07467), in float32, cast back to the compute dtype."""
+
+    def __call__(self, x):
+        x = x.astype(jnp.float32)
+        # The scale comes last: of this order, and of no other, XLA makes a single kernel on GPUs.
+        normalized = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        scale = self.scale[...].astype(self.dtype)  # as in the sampling layout, so that both round alike
+        return (normalized * jnp.expand_dims(scale, range(x.ndim - 1))).astype(self.dtype)
+
+
+def rms_norm(width, eps, dtype, rngs) -> RMSNorm:
+    return RMSNorm(width, epsilon=eps, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)

@@ -29,6 +29,8 @@ def decode_step(q, k, v, k_pages, v_pages, table, positions, *, interpret: bool,
     K, _, p, _ = k_pages.shape
     splits = pl.next_power_of_2(min(max_splits, pl.cdiv(table.shape[1] * p, split)))
     sizes = dict(split=split, splits=splits)
+    # One array, so that XLA makes all of it, biases and rotations included, in one kernel.
+    new = jnp.concatenate([q.reshape(B, K, H // K, E), k[:, :, None], v[:, :, None]], axis=2)
     statistics = jax.ShapeDtypeStruct((B, H, splits), jnp.float32)
     o, m, z, k_pages, v_pages = pl.pallas_call(
         functools.partial(_split_kernel, **sizes),
@@ -40,11 +42,11 @@ def decode_step(q, k, v, k_pages, v_pages, table, positions, *, interpret: bool,
             jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype),
             jax.ShapeDtypeStruct(v_pages.shape, v_pages.dtype),
         ),
-        input_output_aliases={3: 3, 4: 4},  # the pools are written in place
+        input_output_aliases={1: 3, 2: 4},  # the pools are written in place
         compiler_params=triton.CompilerParams(num_warps=2, num_stages=3),
         interpret=interpret,
         name="paged_split",
-    )(q.reshape(B, K, H // K, E), k, v, k_pages, v_pages, table, positions)
+    )(new, k_pages, v_pages, table, positions)
     heads = pl.pallas_call(
         functools.partial(_merge_kernel, **sizes),
         grid=(B, H),
@@ -60,15 +62,15 @@ def _tokens_per_split(position, split, splits):
     return split * jnp.maximum(jax.lax.div(position + split * splits - 1, split * splits), 1)
 
 
-def _split_kernel(q_ref, k_ref, v_ref, k_pages_in, v_pages_in, table, positions, *outputs, split, splits):
-    """One row, key/value head and split: online softmax over its tokens, unnormalised.
+def _split_kernel(new, k_pages_in, v_pages_in, table, positions, *outputs, split, splits):
+    """One row, key/value head and split: online softmax over its tokens, unnormalised. new [B, K, G + 2, E].
 
     The first split, which every row has, starts from the new token instead of from nothing, and writes it. The others
     read positions before it only, so nobody reads what is being written.
     """
     o_ref, m_ref, z_ref, k_pages_out, v_pages_out = outputs
     b, kv, s = (pl.program_id(axis) for axis in range(3))
-    G, E = q_ref.shape[2:]
+    G, E = new.shape[2] - 2, new.shape[3]
     position = positions[b]
     tokens = _tokens_per_split(position, split, splits)
     begin = s * tokens
@@ -79,7 +81,7 @@ def _split_kernel(q_ref, k_ref, v_ref, k_pages_in, v_pages_in, table, positions,
     def attend():
         # Tensor cores want more rows than there are query heads: the last head is computed, and written, repeatedly.
         group = jnp.minimum(jnp.arange(pl.next_power_of_2(max(G, _MIN_DOT))), G - 1)
-        q, k_new, v_new = q_ref[b, kv, group], k_ref[b, kv], v_ref[b, kv]
+        q, k_new, v_new = new[b, kv, group], new[b, kv, G], new[b, kv, G + 1]
         logits = jnp.sum(q.astype(jnp.float32) * k_new.astype(jnp.float32)[None], axis=1) * (E**-0.5 * _LOG2_E)
         m = jnp.where(first, logits, -jnp.inf)
         z = jnp.where(first, jnp.ones_like(m), 0.0)

@@ -121,10 +121,11 @@ class Policy:
     # --- sampling layout ---
 
     def to_sampling_layout(self, params: dict, dtype: str) -> dict:
-        """Casts and unstacks: one array per decoder layer. The vision tower stays stacked: it runs once per prompt."""
+        """Casts, unstacks and fuses the decoder. The vision tower stays as it is: it runs once per prompt."""
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         stacked = params["decoder"]
-        return params | {"decoder": {"ends": stacked["ends"], "layers": decoder.unstack_runs(stacked["runs"])}}
+        unstacked = decoder.unstack_runs(stacked["runs"], self.config.head_dim)
+        return params | {"decoder": {"ends": stacked["ends"], "layers": unstacked}}
 
     def new_pages(self, count: int, page: int):
         """An empty cache of `count` pages of `page` tokens: per layer (keys, values), each [K, count, page, E]."""
@@ -140,7 +141,7 @@ class Policy:
         """
         x, angles = self._embed(params, rows, remat=False)
         options = dict(fresh=fresh, implementation=self.implementation, mesh=self.mesh)
-        return decoder.apply_prefill(self._runs, params["decoder"], x, angles, rows, pages, table, **options)[1]
+        return decoder.apply_prefill(self._fused_runs, params["decoder"], x, angles, rows, pages, table, **options)[1]
 
     def decode(self, params: dict, pages, table: jax.Array, token: jax.Array, positions: jax.Array):
         """Reads one token per row, int32 [B], at positions int32 [B], -1 in empty rows.
@@ -151,7 +152,7 @@ class Policy:
         angles = layers.rope_angles(positions[:, None], self.config.head_dim, self.config.rope_base)
         options = dict(implementation=self.implementation, mesh=self.mesh)
         x, pages = decoder.apply_decode(
-            self._runs, params["decoder"], ends.embed(token), angles, pages, table, positions, **options
+            self._fused_runs, params["decoder"], ends.embed(token), angles, pages, table, positions, **options
         )
         return ends.logits(ends.norm(x)), pages
 
@@ -193,7 +194,11 @@ class Policy:
 
     @property
     def _runs(self):
-        return _decoder_runs(self.config)
+        return _decoder_runs(self.config, fused=False)
+
+    @property
+    def _fused_runs(self):
+        return _decoder_runs(self.config, fused=True)
 
     @property
     def _vision_runs(self):
@@ -204,7 +209,7 @@ class Policy:
 
 
 @functools.cache
-def _decoder_runs(config: ModelConfig) -> tuple[decoder.Run, ...]:
+def _decoder_runs(config: ModelConfig, *, fused: bool) -> tuple[decoder.Run, ...]:
     def make(rngs):
         return layers.Block(
             config.width,
@@ -214,6 +219,7 @@ def _decoder_runs(config: ModelConfig) -> tuple[decoder.Run, ...]:
             head_dim=config.head_dim,
             qkv_bias=config.qkv_bias,
             qk_norm=config.qk_norm,
+            fused=fused,
             eps=config.norm_eps,
             out_scale=(2 * config.num_layers) ** -0.5,
             dtype=jnp.dtype(config.dtype),

@@ -9,7 +9,7 @@ from kimi_jax.training import sharding
 
 
 def make_handover(policy: Policy, mesh: jax.sharding.Mesh, *, dtype: str) -> Callable[[dict, dict | None], dict]:
-    """`to_rollout(params, previous)`: casts to `dtype`, unstacks the layers, lays them out for sampling.
+    """`to_rollout(params, previous)`: casts to `dtype`, unstacks and fuses the layers, lays them out for sampling.
 
     `previous`, the last rollout copy or None, is donated, so that never more than one exists; the masters are not.
     """

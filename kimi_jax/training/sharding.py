@@ -35,7 +35,12 @@ TRAIN_RULES = (
 )
 
 # Decode reads every weight once per step, so nothing is gathered over fsdp: each data-parallel copy holds its slice.
-SAMPLE_RULES = tuple((pattern, P(*(a if a == "tensor" else None for a in spec))) for pattern, spec in TRAIN_RULES)
+SAMPLE_RULES = (
+    (r"qkv_proj/kernel", P(None, "tensor")),  # by key/value heads, each with all that belongs to it
+    (r"qkv_proj/bias", P("tensor")),
+    (r"gate_up_proj/kernel", P(None, None, "tensor")),
+    *((pattern, P(*(a if a == "tensor" else None for a in spec))) for pattern, spec in TRAIN_RULES),
+)
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from kimi_jax.models import layers
 from kimi_jax.models.policy import Policy
 from kimi_jax.types import Example
 from tests.helpers import CONFIG, IMAGE_ID, QUICK_COMPILE, assert_trees_close, pack, random_params, random_prompt
@@ -227,6 +229,17 @@ def test_reading_in_pieces_and_token_by_token_matches_float64_numpy(config):
         for index, example in enumerate(EXAMPLES):
             expected = numpy_log_softmax(config, exact, example)[positions[index]]
             np.testing.assert_allclose(log_p[index], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_rounds_alike_with_the_masters_and_with_what_is_handed_over_to_sampling():
+    norm = layers.rms_norm(CONFIG.width, 1e-6, jnp.bfloat16, nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(7, CONFIG.width)).astype(jnp.bfloat16)
+    norm.scale[...] = scale = jnp.asarray(rng.normal(size=CONFIG.width), jnp.float32)
+    y = norm(x)
+    assert y.dtype == jnp.bfloat16
+    norm.scale[...] = scale.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(norm(x), y)
 
 
 def test_the_scalar_head_matches_numpy_and_is_missed_when_absent():

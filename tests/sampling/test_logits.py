@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from kimi_jax.sampling.logits import MAX_END_IDS, SamplingSettings, _truncated, choose, rollout_keys
+from kimi_jax.sampling.logits import MAX_END_IDS, SamplingSettings, _threshold, choose, rollout_keys
 
 V, DRAWS = 13, 8_009
 RUN_KEY = jax.random.key(17)
@@ -23,7 +23,7 @@ def distribution(logits, *, temperature, top_k, top_p):
     """Probabilities [V]. Tokens as likely as the last one that is kept are kept."""
     logits = logits.astype(np.float64) / temperature
     order = np.argsort(-logits, kind="stable")
-    in_k = list(order[: top_k or V])
+    in_k = list(order[: top_k or len(logits)])
     mass = np.exp(logits[in_k]) / np.exp(logits[in_k]).sum()
     kept, reached = [], 0.0
     for token, p in zip(in_k, mass, strict=True):
@@ -57,11 +57,14 @@ CASES = [
 ]
 
 
+# Tokens are drawn in two steps: 13 is prime, so that the second has no choice; 12 are three groups of four.
+@pytest.mark.parametrize("size", [13, 12])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
-def test_draws_and_log_probs_follow_the_distribution(case):
-    tokens, logprobs = sample(LOGITS, settings(**case))
-    p = distribution(LOGITS, **case)
-    counts = np.bincount(tokens, minlength=V)
+def test_draws_and_log_probs_follow_the_distribution(case, size):
+    logits = LOGITS[:size]
+    tokens, logprobs = sample(logits, settings(**case))
+    p = distribution(logits, **case)
+    counts = np.bincount(tokens, minlength=size)
     assert not counts[p == 0].any()
     live = p > 0
     assert counts[live].all()
@@ -75,13 +78,22 @@ def test_draws_and_log_probs_follow_the_distribution(case):
 def test_top_p_that_is_off_cuts_nothing_however_unlikely():
     logits = np.full((1, V), -30.0, np.float32)
     logits[0, [3, 5]] = 0.0  # the sum of their probabilities rounds to 1
-    left = _truncated(logits, settings(top_k=7, top_p=1.0))
-    assert np.isfinite(left).all()  # the seventh is tied with the rest
+    assert (_threshold(logits, 1.0, settings(top_k=7)) == -30.0).all()  # the seventh is tied with the rest
 
 
+def test_the_threshold_of_top_k_is_the_kth_largest_float_whatever_its_sign_and_size():
+    values = np.random.default_rng(0).normal(size=(3, V)) * 10.0 ** np.arange(-37, 38, 6)
+    logits = np.concatenate([values, -np.abs(values), np.full((1, V), -np.inf)]).astype(np.float32)
+    logits[:, 5] = 0.0
+    for k in range(1, V + 1):
+        wanted = np.sort(logits, axis=1)[:, V - k]
+        np.testing.assert_array_equal(_threshold(logits, 1.0, settings(top_k=k))[:, 0], wanted)
+
+
+@pytest.mark.parametrize("size", [13, 12])
 @pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 0.9)])
-def test_temperature_zero_takes_the_most_likely_token_with_the_log_prob_of_temperature_one(top_k, top_p):
-    logits = np.random.default_rng(0).normal(size=(DRAWS, V)).astype(np.float32)
+def test_temperature_zero_takes_the_most_likely_token_with_the_log_prob_of_temperature_one(top_k, top_p, size):
+    logits = np.random.default_rng(0).normal(size=(DRAWS, size)).astype(np.float32)
     keys = keys_of(RUN_KEY, np.arange(DRAWS, dtype=np.uint32), np.zeros(DRAWS, np.int32))
     tokens, logprobs = jax.device_get(draw(logits, keys, settings(temperature=0.0, top_k=top_k, top_p=top_p)))
     np.testing.assert_array_equal(tokens, logits.argmax(axis=1))

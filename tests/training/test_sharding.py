@@ -196,7 +196,7 @@ def test_the_hand_over_casts_and_gives_away_the_previous_copy_but_never_the_mast
     assert num_bytes(rollout) == 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     # Decode gathers nothing over data and fsdp: what is split at all is split over tensor.
     assert {axis for spec in specs(rollout).values() for axis in spec} == {None, "tensor"}
-    assert specs(rollout)["decoder/layers/1/attn/q_proj/kernel"] == P(None, "tensor")
+    assert specs(rollout)["decoder/layers/1/attn/qkv_proj/kernel"] == P(None, "tensor")
 
 
 @needs_eight

@@ -32,7 +32,7 @@ def minibatch(rows, responses):
     """Eight rows of tokens, in micro-batches of `rows` rows."""
     groups = random_groups(0, (5, 4, 3, 5, 4, 3))
     batches = build_minibatches(
-        groups, *random_rewards(1, groups), minibatches=1, rows=rows, responses=responses, **SHAPE
+        groups, *random_rewards(1, groups), minibatches=1, rows=rows, responses=responses, oldest_version=0, **SHAPE
     )[0]
     assert len(batches) == 8 // rows
     return batches
