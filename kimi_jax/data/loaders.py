@@ -51,7 +51,10 @@ def sft_batches(
         )
         return packed
 
-    return grain.MapDataset.source(plan).seed(seed).shuffle().repeat(None).batch(rows_per_batch, batch_fn=pack)
+    endless = grain.MapDataset.source(plan).seed(seed).shuffle().repeat(None)
+    if rows_per_batch == 1:  # in batches of one, grain's length of an endless dataset overflows
+        return endless.map(lambda row: pack([row]))
+    return endless.batch(rows_per_batch, batch_fn=pack)
 
 
 def encoded_problems(problems: Sequence[Problem], encode: Callable[[Problem], Prompt]) -> grain.MapDataset:

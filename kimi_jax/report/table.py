@@ -10,7 +10,7 @@ _ROWS = (
 
 
 def score_rows(summary: dict) -> list[tuple[str, ...]]:
-    """Rows (kind, label, SFT, RL, gain), ready to print; a score that is missing is a dash."""
+    """Rows (kind, label, SFT, RL, gain), ready to print; a score that is missing is a dash. None where nothing was evaluated."""
     rows = []
     for kind in _KINDS:
         sft, rl = summary["sft"].get(kind), summary["rl"].get(kind)
@@ -20,8 +20,6 @@ def score_rows(summary: dict) -> list[tuple[str, ...]]:
             before, after = (sft or {}).get(key), (rl or {}).get(key)
             gain = "" if factor is None or None in (before, after) else f"{factor * (after - before):+z.1f}{unit}"
             rows.append((kind, label, *("–" if v is None else form.format(v) for v in (before, after)), gain))
-    if not rows:
-        raise ValueError(f"No scores: 'sft' and 'rl' need 'text' or 'image', but the summary is {summary}.")
     return rows
 
 

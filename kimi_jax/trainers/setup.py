@@ -142,7 +142,9 @@ def model_config(config: ml_collections.ConfigDict, vocab_size: int | None) -> M
 def make_policy(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, shape: ModelConfig) -> Policy:
     implementation = config.model.attention
     if implementation == "auto":
-        implementation = attention.choose_implementation(mesh.devices.flat[0].platform, shape.dtype)
+        implementation = attention.choose_implementation(
+            mesh.devices.flat[0].platform, shape.dtype, row_tokens=config.rows.tokens
+        )
     if implementation not in attention.IMPLEMENTATIONS:
         raise ValueError(
             f"config.model.attention={implementation!r} must be 'auto' or one of "

@@ -103,3 +103,9 @@ def test_problems_are_encoded_when_asked_for():
 def test_no_other_framework_is_imported():
     program = "import sys, kimi_jax.data.loaders, kimi_jax.data.chat; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_rows_that_come_one_at_a_time_can_be_iterated():
+    dataset = batches(make_examples(13), rows_per_batch=1)
+    for step, rows in zip((3, 4), prefetched(dataset, 3, num_threads=1), strict=False):
+        assert_equal(rows, dataset[step])
