@@ -10,7 +10,7 @@ _ROWS = (
 
 
 def score_rows(summary: dict) -> list[tuple[str, ...]]:
-    """Rows (kind, label, SFT, RL, gain), ready to print; a score that is missing is a dash. None where nothing was evaluated."""
+    """Rows (kind, label, SFT, RL, gain), ready to print, of the kinds that were evaluated. A missing score is –."""
     rows = []
     for kind in _KINDS:
         sft, rl = summary["sft"].get(kind), summary["rl"].get(kind)
