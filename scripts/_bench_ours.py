@@ -156,7 +156,10 @@ def entropy(written: Sequence[Segment]) -> float:
 def decode(bench: Bench) -> dict:
     args, measured = bench.args, probes()
     rows, longest, shortest = len(args.live), max(args.live), min(args.live)
-    sampler = Sampler.of(bench, rows=rows, prompt_tokens=longest, max_tokens=args.new)
+    capacity = args.capacity or longest + args.new
+    if capacity < longest + args.new:
+        raise ValueError(f"--capacity={capacity} is less than prompt and response: {longest} + {args.new} tokens.")
+    sampler = Sampler.of(bench, rows=rows, prompt_tokens=longest, max_tokens=capacity - longest)
 
     def requests(lengths, budget):
         return [Request(prompt, i, budget) for i, prompt in enumerate(bench.prompts(lengths, 0))]
@@ -179,7 +182,8 @@ def decode(bench: Bench) -> dict:
         }
 
     sampler.scale_to_entropy(requests([shortest] * rows, min(args.new, _CALIBRATION_TOKENS)))
-    result = {"rows": rows, "prompt": longest, "new": args.new, **measure(args.live), "probes": measured}
+    result = {"rows": rows, "prompt": longest, "new": args.new, "capacity": capacity}
+    result |= {**measure(args.live), "probes": measured}
     if longest > shortest:
         even = measure([shortest] * rows)
         result |= {"cost_over_even_rows": result["ms_per_step"] / even["ms_per_step"], "even_rows": even}

@@ -60,6 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     decode.add_argument("--prompt", type=_count, default=128, help="tokens of a prompt (128)")
     decode.add_argument("--new", type=_count, default=512, help="tokens to write per row, at least 2 (512)")
     decode.add_argument("--live", type=_lengths, help="as 4096,128*63: a prompt each; instead of --rows and --prompt")
+    decode.add_argument("--capacity", type=_count, help="tokens that a row of the cache may hold (prompt + new)")
     rollout.add_argument("--prompt", type=_count, default=1024, help="tokens of a prompt (1024)")
     rollout.add_argument("--problems", type=_count, default=32, help="groups, per iteration (32)")
     rollout.add_argument("--responses", type=_count, default=8, help="responses per problem (8)")

@@ -161,11 +161,12 @@ def test_closing_waits_for_nobody():
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from pool_judge import obey
 from kimi_jax.rewards.pool import VerifierPool
 from kimi_jax.types import Problem
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 pool = VerifierPool(obey, workers=2, deadline_s=60.0)
 problem = Problem(id="p", task="t", prompt="p", answer="y")
 pids = set()
