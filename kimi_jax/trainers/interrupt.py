@@ -4,6 +4,8 @@ import signal
 
 from kimi_jax.training import distributed
 
+_STEPS_BETWEEN_AGREEMENTS = 32
+
 
 class Interrupted(Exception):
     """The run was asked to stop, and has saved where it is."""
@@ -18,8 +20,12 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Has process 0 been asked to stop? All processes ask at the same points of the program."""
+        """Has process 0 been asked to stop? All processes ask at the same points of the program, and wait there."""
         return bool(distributed.agreed(self._heard))
+
+    def requested_at(self, step: int) -> bool:
+        """The same for a loop of short steps: several processes ask only now and then, as each time waits for all."""
+        return (distributed.alone() or step % _STEPS_BETWEEN_AGREEMENTS == 0) and self.requested
 
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGINT, signal.SIGTERM):

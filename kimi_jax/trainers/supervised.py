@@ -74,7 +74,7 @@ def train(setup: Setup, stop: StopRequest) -> dict:
             bar.update(1)
 
             last = step == config.steps
-            stopping = stop.requested  # looked at once: a request that comes later waits for the next step
+            stopping = stop.requested_at(step)  # looked at once: a request that comes later waits for the next step
             evaluate = step % config.eval_every == 0 or last
             save = step % config.checkpoint_every == 0 or last or stopping
             if evaluate or save:

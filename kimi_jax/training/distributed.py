@@ -31,14 +31,19 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def alone() -> bool:
+    """Whether there are no other processes."""
+    return jax.process_count() == 1
+
+
 def agreed(value: Any) -> Any:
     """`value` (arrays or scalars of equal shapes everywhere) as process 0 has it. Waits for all processes."""
-    if jax.process_count() == 1:
+    if alone():
         return value
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(jax.tree.map(np.asarray, value)))
 
 
 def meet(name: str) -> None:
     """Waits until all processes are here."""
-    if jax.process_count() > 1:
+    if not alone():
         multihost_utils.sync_global_devices(name)
