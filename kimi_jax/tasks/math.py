@@ -5,6 +5,7 @@ are short, because a small model on a CPU pays for every token.
 """
 
 import ast
+import functools
 import operator
 import re
 from fractions import Fraction
@@ -98,6 +99,20 @@ def _search(
     return None
 
 
+@functools.lru_cache(maxsize=100_000)
+def _reachable(values: tuple[int, ...]) -> frozenset[int]:
+    """All that can be made of the values, in order of size, each used once."""
+    if len(values) == 1:
+        return frozenset(values)
+    made: set[int] = set()
+    for j in range(len(values)):
+        for i in range(j):
+            rest = values[:i] + values[i + 1 : j] + values[j + 1 :]
+            for _, (value, _) in _moves((values[i], "0"), (values[j], "0")):
+                made |= _reachable(tuple(sorted((value, *rest))))
+    return frozenset(made)
+
+
 def draw_countdown(rng: np.random.Generator, difficulty: int) -> Problem:
     """A target in 10..99 to be made of `difficulty` numbers in 1..16, each used once, with + - * /.
 
@@ -106,6 +121,8 @@ def draw_countdown(rng: np.random.Generator, difficulty: int) -> Problem:
     target = int(rng.integers(10, 100))
     while True:
         numbers = rng.integers(1, _LARGEST + 1, difficulty).tolist()
+        if target not in _reachable(tuple(sorted(numbers))):
+            continue
         trace: list[str] = []
         expression = _search([(number, str(number)) for number in numbers], target, rng, trace, None)
         solution = f"{' '.join(trace)} {ANSWER_MARKER} {expression}"
