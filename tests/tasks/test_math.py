@@ -1,5 +1,6 @@
 """Arithmetic against other ways to compute it: a left-to-right reader, and all expressions by brute force."""
 
+import itertools
 import re
 from collections import Counter
 from fractions import Fraction
@@ -9,7 +10,7 @@ import pytest
 
 from kimi_jax.tasks import TASKS
 from kimi_jax.tasks.base import make_problems
-from kimi_jax.tasks.math import MAX_TRACE, parse_expression, verify_countdown
+from kimi_jax.tasks.math import MAX_TRACE, _reachable, parse_expression, verify_countdown
 from kimi_jax.types import Problem
 
 EQUATION = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")
@@ -164,3 +165,20 @@ def test_countdown_accepts_fractions_on_the_way():
     problem = Problem(id="x", task="countdown", prompt="", answer="6/(1-3/4)")
     assert verify_countdown(problem, "Answer: 6/(1-3/4)").outcome == "correct"
     assert verify_countdown(problem, "Answer: 6/(1-4/3)").outcome == "wrong"
+
+
+def test_what_numbers_reach_is_what_all_expressions_of_them_give():
+    def values(expressions: list[int]) -> set[int]:
+        """Every order, every operation, every split into two parts: slow, and unlike the code."""
+        if len(expressions) == 1:
+            return set(expressions)
+        found = set()
+        for mask in range(1, 2 ** len(expressions) - 1):
+            left = values([x for i, x in enumerate(expressions) if mask >> i & 1])
+            right = values([x for i, x in enumerate(expressions) if not mask >> i & 1])
+            for x, y in itertools.product(left, right):
+                found |= {x + y, x - y, x * y} | ({x // y} if x % y == 0 else set())
+        return {value for value in found if 0 < value <= 199}
+
+    for numbers in [(3, 5, 7), (1, 1, 1), (2, 8, 16), (2, 3, 5, 7), (11, 13)]:
+        assert _reachable(numbers) == values(list(numbers))
