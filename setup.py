@@ -15,6 +15,7 @@ setup(
         "flax>=0.12.8,<0.13",
         "grain>=0.2.18,<0.3",
         "jax>=0.10.2,<0.12",
+        "jinja2>=3.1.6,<4",
         "matplotlib>=3.11.2,<3.12",
         "ml_collections>=1.1,<2",
         "numpy>=2.4.6,<2.6",
@@ -23,11 +24,14 @@ setup(
         "pillow>=13,<14",
         "sentencepiece>=0.2.3,<0.3",
         "tensorflow-datasets>=4.9.10,<5",
+        "tokenizers>=0.23.3,<0.24",
         "tqdm>=4.70,<5",
     ],
     extras_require={
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        # What tests compare published models with; not needed to run anything.
+        "oracles": ["protobuf", "safetensors", "tiktoken", "torch", "transformers>=5.23,<6"],
         "test": ["ipykernel", "mypy", "nbclient", "nbformat", "pytest", "pytest-xdist", "ruff"],
     },
 )

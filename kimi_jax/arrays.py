@@ -42,6 +42,10 @@ class PackedRows:
     patches: Any  # float32 [R, P, C]
     patch_positions: Any  # int32 [R, P, 2]
     patch_segments: Any  # int32 [R, P], 1, 2, ... per image; 0 is padding
+    # What only some models read; None for the others (`ModelConfig.extras`).
+    rope_positions: Any = None  # int32 [R, T, 3], (time, row, column): see `data.packing.rope_positions`
+    patch_windows: Any = None  # int32 [R, P], 1, 2, ... per window of an image; 0 is padding
+    patch_grids: Any = None  # int32 [R, P, 2], rows and columns of the image that a patch is of; 0 in padding
 
 
 @pytree
@@ -87,6 +91,7 @@ class Slots:
     lengths: Any  # int32 [B], tokens of the response so far
     budgets: Any  # int32 [B], length at which the response is cut
     live: Any  # bool [B]; the others are empty and draw nothing
+    rope_offsets: Any = None  # int32 [B], what M-RoPE adds to the positions of text; None for models without it
 
 
 @pytree

@@ -34,11 +34,23 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImagePatches:
-    """An image cut for the vision tower, patches of one merge block next to each other (`data.images.patchify`)."""
+    """An image cut for the vision tower, patches of one merge block next to each other (`data.images.patchify`).
+
+    Towers that attend within windows read the patches window by window, while the language model reads in lines. With
+    windows of 2 x 2 merge blocks, the 3 x 3 blocks of an image are stored in the order
+
+        0 1 | 4
+        2 3 | 5        windows 0 0 0 0 1 1 2 2 3, each merge² times      order 0 1 4 2 3 5 6 7 8
+        ----+--
+        6 7 | 8
+    """
 
     patches: np.ndarray  # float32 [P, C] in [-1, 1]
     positions: np.ndarray  # int32 [P, 2], the (row, column) of each patch
     num_tokens: int  # how many tokens of the language model it becomes: P / merge²
+    grid: tuple[int, int]  # rows and columns of patches
+    windows: np.ndarray | None = None  # int32 [P], the window of each patch, 0, 1, ..., in one piece each; None: none
+    order: np.ndarray | None = None  # int32 [num_tokens], the merge block that token j stands for; None: the j-th
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

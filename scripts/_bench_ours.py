@@ -101,9 +101,9 @@ class Sampler:
 
     @classmethod
     def of(cls, bench: Bench, *, rows: int, prompt_tokens: int, max_tokens: int) -> "Sampler":
-        tokenizer = types.SimpleNamespace(image_id=-1, decode=lambda tokens: "")
+        chat = types.SimpleNamespace(image_id=-1, tokenizer=types.SimpleNamespace(decode=lambda tokens: ""))
         sizes = {"rows": rows, "prompt_tokens": prompt_tokens, "max_tokens": max_tokens, "prompt_patches": 0}
-        engine = setup.make_engine(bench.config, bench.mesh, bench.policy, tokenizer, **sizes)
+        engine = setup.make_engine(bench.config, bench.mesh, bench.policy, chat, **sizes)
 
         def vectors(path, leaf):
             scale = jax.tree_util.keystr(path[-1:], simple=True) == "scale"  # 1; biases 0

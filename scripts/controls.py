@@ -63,7 +63,7 @@ def constant_guess(problems: Sequence[Problem]) -> float:
 def swapped_images(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
     """Prints and writes DIR/swapped_images.json: per task, accuracies with the own images and with those of others."""
     setup = setup_lib.build(_config(workdir), workdir)
-    like = {"state": {"params": setup_lib.params_like(setup.policy, setup.mesh)}}
+    like = {"state": {"params": setup_lib.params_like(setup.config, setup.policy, setup.mesh)}}
     with Checkpointer.reader(workdir / "checkpoints" / "rl") as checkpoints:
         _, loaded, _ = checkpoints.restore(like, partial=True)
     rows = {}

@@ -6,8 +6,10 @@ source scripts/_setup.sh
 
 python=$(choose_python)
 extras=(test)
-# The compiler for TPUs needs no TPU, but it is a large download. Without it the tests that compile for TPU pods are skipped.
+# Large downloads: the compiler for TPUs, which needs no TPU, and PyTorch with transformers, which published models are compared
+# with. Without them those tests are skipped, and pytest says so.
 [[ "${CI:-}" != true && "${KIMI_JAX_EXTRA:-}" != tpu ]] || extras+=(tpu)
+[[ "${CI:-}" != true && "${KIMI_JAX_ORACLES:-}" != 1 ]] || extras+=(oracles)
 set_up .venv "$python" "${extras[@]}"
 
 export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1

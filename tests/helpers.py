@@ -11,6 +11,7 @@ import numpy as np
 from kimi_jax.arrays import PackedRows, RLBatch, TrainState
 from kimi_jax.data.images import patchify
 from kimi_jax.data.packing import pack_rows
+from kimi_jax.models import lora
 from kimi_jax.models.config import ModelConfig, VisionConfig
 from kimi_jax.models.policy import Policy
 from kimi_jax.sampling.engine import Engine
@@ -49,6 +50,17 @@ def random_params(config: ModelConfig, seed: int = 0) -> dict:
         return (mean + std * rng.normal(size=leaf.shape)).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def random_adapters(params: dict, targets=(".*",), *, rank: int = 5, seed: int = 0) -> dict:
+    """What belongs under params["lora"], with B so large that it matters, and α / r = 1.4."""
+    adapters = lora.init(params, jax.random.key(seed), rank=rank, alpha=1.4 * rank, targets=targets)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        return (0.2 * rng.normal(size=leaf.shape)).astype(np.float32) if path[-1].key == "b" else np.asarray(leaf)
+
+    return jax.tree_util.tree_map_with_path(draw, adapters)
 
 
 def random_prompt(rng: np.random.Generator, length: int, image_sizes=()) -> Prompt:
@@ -149,7 +161,9 @@ def assert_trees_close(actual, expected, *, relative: float) -> None:
         np.testing.assert_allclose(actual_leaves[path], leaf, rtol=0, atol=relative * scale, err_msg=name)
 
 
-def rl_stepper(policy: Policy, *, optimizer, rate: float, clip_norm=1e6, moments_sharding=lambda tree: None) -> Stepper:
+def rl_stepper(
+    policy: Policy, *, optimizer, rate: float, clip_norm=1e6, moments_sharding=lambda tree: None, trained=(".*",)
+) -> Stepper:
     """The update of RL, with a constant learning rate."""
     from kimi_jax.trainers.rl import loss_fn
 
@@ -163,6 +177,7 @@ def rl_stepper(policy: Policy, *, optimizer, rate: float, clip_norm=1e6, moments
             clip_norm=clip_norm,
             logits_chunk=16,
             moments_sharding=moments_sharding,
+            trained=trained,
         )
 
 

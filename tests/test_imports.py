@@ -13,12 +13,14 @@ import kimi_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 
+HF_FILES = ("data.hf_vocab", "data.hf_tokenizer", "data.hf_images")
+
 # A room may import the rooms of earlier rows, and within its own row only those of the same package.
 LAYERS = (
     ("types", "arrays"),
-    ("losses", "models", "rewards", "data.tokenizer", "data.images", "data.packing"),
+    ("losses", "models", "rewards", "data.tokenizer", "data.images", "data.packing", *HF_FILES),
     ("training",),
-    ("sampling", "data.chat", "tasks"),
+    ("sampling", "data.chat", "data.chat_template", "data.hf_chat", "tasks"),
     ("rl", "data.loaders", "evals", "report"),
     ("trainers",),
 )

@@ -45,7 +45,10 @@ def patchify(image: np.ndarray, *, patch_size: int, merge: int) -> ImagePatches:
     grid = np.moveaxis(np.indices((rows * merge, columns * merge), dtype=np.int32), 0, -1)
     positions = grid.reshape(rows, merge, columns, merge, 2).transpose(0, 2, 1, 3, 4)
     return ImagePatches(
-        patches=patches.reshape(-1, patch_size**2 * 3), positions=positions.reshape(-1, 2), num_tokens=rows * columns
+        patches=patches.reshape(-1, patch_size**2 * 3),
+        positions=positions.reshape(-1, 2),
+        num_tokens=rows * columns,
+        grid=(rows * merge, columns * merge),
     )
 
 

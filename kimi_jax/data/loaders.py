@@ -24,6 +24,7 @@ def sft_batches(
     patch_dim: int,
     merge: int,
     image_id: int,
+    extras: Sequence[str] = (),
 ) -> grain.MapDataset:
     """An endless dataset: element `step` is a PackedRows of `rows_per_batch` rows of NumPy arrays.
 
@@ -48,6 +49,7 @@ def sft_batches(
             patch_dim=patch_dim,
             merge=merge,
             image_id=image_id,
+            extras=extras,
         )
         return packed
 

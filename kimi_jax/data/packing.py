@@ -5,7 +5,7 @@ of rows, and a row is a list of indices of examples: whoever needs another order
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -53,13 +53,15 @@ def pack_rows(
     patch_dim: int,
     merge: int,
     image_id: int,
+    extras: Collection[str] = (),
 ) -> tuple[PackedRows, dict[int, tuple[int, int]]]:
     """Lays out the examples of `plan` in `num_rows` rows of NumPy arrays; rows left over are padding.
 
     `PackedRows` defines the arrays. Also returns where each example went, {index: (row, start)}, in the order of the
     plan: its token t stands at [row, start + t], and as a target at [row, start + t - 1]. The j-th image token of an
-    example stands for the j-th merged patch of its images. Raises ValueError if the plan does not fit, if image tokens
-    and images do not agree, or if the first token of an example is trained, which nothing could predict.
+    example stands for the j-th merged patch of its images (in reading order, if they have windows). extras: which of
+    the optional arrays of `PackedRows` the model reads. Raises ValueError if the plan does not fit, if image tokens and
+    images do not agree, or if the first token of an example is trained, which nothing could predict.
     """
     if len(plan) > num_rows:
         raise ValueError(f"the plan has {len(plan)} rows, but num_rows={num_rows}; raise num_rows or split the plan")
@@ -76,6 +78,7 @@ def pack_rows(
         patches=np.zeros((num_rows, row_patches, patch_dim), np.float32),
         patch_positions=np.zeros((num_rows, row_patches, 2), np.int32),
         patch_segments=np.zeros((num_rows, row_patches), np.int32),
+        **empty_extras(shape, row_patches, extras),
     )
     placements: dict[int, tuple[int, int]] = {}
     for row, members in enumerate(plan):
@@ -97,6 +100,8 @@ def pack_rows(
             rows.positions[here] = np.arange(stop - start)
             rows.segments[here] = segment
             rows.image_index[here] = _image_index(index, example, merged_patches, image_id=image_id)
+            if rows.rope_positions is not None:
+                rows.rope_positions[here] = rope_positions(rows.image_index[here] >= 0, example.images, merge=merge)
             if example.trained[0]:
                 raise ValueError(
                     f"token 0 of example {index} is marked as trained, but no token stands before it; "
@@ -109,12 +114,50 @@ def pack_rows(
     return rows, placements
 
 
+def empty_extras(shape: tuple[int, int], row_patches: int, extras: Collection[str]) -> dict[str, np.ndarray]:
+    """The optional arrays of `PackedRows` that `extras` names, empty. shape: rows, tokens of a row."""
+    shapes = {
+        "rope_positions": (*shape, 3),
+        "patch_windows": (shape[0], row_patches),
+        "patch_grids": (shape[0], row_patches, 2),
+    }
+    return {name: np.zeros(shapes[name], np.int32) for name in extras}
+
+
+def rope_positions(is_image: np.ndarray, images: Sequence[ImagePatches], *, merge: int) -> np.ndarray:
+    """Where M-RoPE (Qwen2-VL, arXiv 2409.12191 §2.1) puts each token of a sequence: int32 [n, 3], (time, row, column).
+
+    is_image: bool [n], the tokens that stand for merged patches of `images`. Text has three times the same number. An
+    image that begins at p has time p, and its rows and columns count from p; it is followed by p plus its longer side:
+
+        a b [2 x 3 image] c        time    0 1 2 2 2 2 2 2 5
+                                   row     0 1 2 2 2 3 3 3 5
+                                   column  0 1 2 3 4 2 3 4 5
+    """
+    step = np.ones(len(is_image), np.int64)  # from a token to the next; the tokens of an image share their step
+    within = np.zeros((len(is_image), 3), np.int64)
+    places = np.flatnonzero(is_image)
+    for image in images:
+        own, places = places[: image.num_tokens], places[image.num_tokens :]
+        rows, columns = (side // merge for side in image.grid)
+        step[own] = 0
+        step[own[-1]] = max(rows, columns)
+        within[own, 1:] = np.indices((rows, columns)).reshape(2, -1).T
+    start = np.cumsum(step) - step
+    return (start[:, None] + within).astype(np.int32)
+
+
+def rope_offset(images: Sequence[ImagePatches], *, merge: int) -> int:
+    """What to add to the place of a text token in its sequence, behind the images, to get its rope position."""
+    return sum(max(image.grid) // merge - image.num_tokens for image in images)
+
+
 def _place_images(
     rows: PackedRows, row: int, images: list[ImagePatches], *, patch_dim: int, merge: int
 ) -> dict[int, np.ndarray]:
     """Copies the patches of `images` into a row. Returns {id of an image: indices of its merged patches}."""
     merged_patches = {}
-    start = 0
+    start = windows = 0
     for segment, image in enumerate(images, start=1):
         if image.patches.shape != (image.num_tokens * merge**2, patch_dim):
             raise ValueError(
@@ -125,7 +168,18 @@ def _place_images(
         rows.patches[row, start:stop] = image.patches
         rows.patch_positions[row, start:stop] = image.positions
         rows.patch_segments[row, start:stop] = segment
-        merged_patches[id(image)] = np.arange(start // merge**2, stop // merge**2)
+        if rows.patch_grids is not None:
+            rows.patch_grids[row, start:stop] = image.grid
+        if rows.patch_windows is not None:
+            if image.windows is None:
+                raise ValueError(
+                    "the vision tower attends within windows, and an image has none; cut it with the image processor "
+                    "of that model (data.hf_images)"
+                )
+            rows.patch_windows[row, start:stop] = image.windows + windows + 1
+            windows += image.windows.max() + 1
+        order = np.arange(image.num_tokens) if image.order is None else image.order
+        merged_patches[id(image)] = start // merge**2 + order
         start = stop
     return merged_patches
 

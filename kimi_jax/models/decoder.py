@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from kimi_jax.models import layers
+from kimi_jax.models import layers, lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,27 +49,47 @@ def unstack_runs(stacked: dict, head_dim: int) -> dict:
         run = stacked[str(i)]
         for index in range(jax.tree.leaves(run)[0].shape[0]):
             layer = jax.tree.map(lambda leaf, index=index: leaf[index], run)
-            layers_[str(len(layers_))] = layers.fuse(layer, head_dim)
+            layers_[str(len(layers_))] = layers.fuse(lora.merged(layer), head_dim)
     return layers_
 
 
-def apply_packed(runs, params, x, angles, segments, *, causal, implementation, mesh, remat, unroll):
-    """All layers over packed rows in the training layout. x [R, T, D] -> [R, T, D]."""
+def apply_packed(runs, params, x, angles, segments, deepstack=None, **options):
+    """All layers over packed rows in the training layout. x [R, T, D] -> [R, T, D].
+
+    deepstack: [n, R, T, D], added to what leaves the n layers of the first run; None: nothing. options: of `apply_run`.
+    """
     for i, run in enumerate(runs):
-
-        def layer(x, layer_params, run=run):
-            block = nnx.merge(run.graphdef, layer_params)
-            return block.packed(x, angles, segments, causal=causal, implementation=implementation, mesh=mesh)[0], None
-
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, params["runs"][str(i)], unroll=unroll)
+        x = apply_run(run, params["runs"][str(i)], x, angles, segments, None if i else deepstack, **options)
     return x
 
 
-def apply_prefill(runs, params, x, angles, rows, pages, table, **options):
-    """All layers over pieces of sequences in the sampling layout. x [R, T, D] -> x, pages. See `layers.Block`."""
-    return _apply(
-        runs, params, x, pages, lambda block, x, pages: block.prefill(x, angles, rows, pages, table, **options)
-    )
+def apply_run(
+    run, stacked, x, angles, segments, added=None, *, causal, implementation, mesh, remat: bool, unroll: int
+) -> jax.Array:
+    """The layers of one run over packed rows. x [R, T, D] -> [R, T, D].
+
+    segments: int32 [R, T], or [L, R, T] if each layer has its own. added: [L, R, T, D] to what leaves each layer.
+    """
+    per_layer = segments.ndim == 3
+
+    def layer(x, inputs):
+        layer_params, own_segments, own_added = inputs
+        block = nnx.merge(run.graphdef, lora.merged(layer_params))
+        seen = own_segments if per_layer else segments
+        x, _ = block.packed(x, angles, seen, causal=causal, implementation=implementation, mesh=mesh)
+        return x if own_added is None else x + own_added, None
+
+    inputs = (stacked, segments if per_layer else None, added)
+    return jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, inputs, unroll=unroll)[0]
+
+
+def apply_prefill(runs, params, x, angles, rows, pages, table, deepstack=None, **options):
+    """All layers over pieces of sequences in the sampling layout. x [R, T, D] -> x, pages. See `layers.Block`.
+
+    deepstack: see `apply_packed`.
+    """
+    piece = lambda block, x, pages: block.prefill(x, angles, rows, pages, table, **options)  # noqa: E731
+    return _apply(runs, params, x, pages, piece, () if deepstack is None else deepstack)
 
 
 def apply_decode(runs, params, x, angles, pages, table, positions, **options):
@@ -79,10 +99,12 @@ def apply_decode(runs, params, x, angles, pages, table, positions, **options):
     )
 
 
-def _apply(runs, params, x, pages, layer):
+def _apply(runs, params, x, pages, layer, added=()):
     updated = []
     for index, graphdef in enumerate(_graphdefs(runs)):
         x, of_layer = layer(nnx.merge(graphdef, params["layers"][str(index)]), x, pages[index])
+        if index < len(added):
+            x = x + added[index]
         updated.append(of_layer)
     return x, tuple(updated)
 

@@ -31,14 +31,15 @@ def attend_rows(q, k, v, segments, *, causal: bool, interpret: bool):
 
     q [R, T, H, E], k and v [R, T, K, E], segments int32 [R, T], 0 or less for padding; the tokens of a segment lie side
     by side. Returns [R, T, H, E]. interpret: run the kernels as ordinary JAX, on any platform, and XLA in place of
-    cuDNN. Raises ValueError for a T that is no multiple of 128 or a head width that is no power of 2 from 16.
+    cuDNN. Raises ValueError for a T that is no multiple of 128.
     """
     T, E = q.shape[1], q.shape[3]
-    if T % _LANES or E < 16 or E & (E - 1):
-        raise ValueError(
-            f"Attention 'flash' takes rows of a multiple of {_LANES} tokens and heads whose width is a power of "
-            f"2 from 16 on, not {T} tokens and a width of {E}. Choose another config.model.attention."
-        )
+    if T % _LANES:
+        raise ValueError(f"Attention 'flash' takes rows of a multiple of {_LANES} tokens, not {T}.")
+    if wider := max(16, 1 << (E - 1).bit_length()) - E:  # the kernels take powers of 2 from 16 on, as Triton does
+        q = q * ((E + wider) / E) ** 0.5  # they scale by the width that they see
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, wider))) for x in (q, k, v))
+        return attend_rows(q, k, v, segments, causal=causal, interpret=interpret)[..., :E]
     first, stop = _intervals(segments)
     packed = lambda q, k, v: _attend(q, k, v, first, stop, causal, interpret)  # noqa: E731
     if not causal or not (interpret or q.dtype.itemsize == 2):  # cuDNN takes 16-bit types

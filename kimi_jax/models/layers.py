@@ -2,12 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from kimi_jax.models import attention, paged
+from kimi_jax.models.config import RopeScaling
 
 
-def rope_angles(positions: jax.Array, head_dim: int, base: float) -> jax.Array:
+def rope_angles(positions: jax.Array, head_dim: int, base: float, scaling: RopeScaling | None = None) -> jax.Array:
     """Angles of rotary positions over one or several axes (RoFormer, arXiv 2104.09864).
 
     positions: int [..., A], a coordinate per axis: A = 1 for text, (row, column) for patches.
@@ -15,9 +17,33 @@ def rope_angles(positions: jax.Array, head_dim: int, base: float) -> jax.Array:
     """
     axes = positions.shape[-1]
     pairs = head_dim // 2 // axes
-    frequencies = base ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
+    frequencies = jnp.asarray(rope_frequencies(pairs, base, scaling))
     angles = positions[..., None].astype(jnp.float32) * jnp.expand_dims(frequencies, range(positions.ndim))
     return angles.reshape(*positions.shape[:-1], axes * pairs)
+
+
+def rope_frequencies(pairs: int, base: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Radians per position, float32 [pairs]: base^(-i / pairs), stretched by `scaling` as in Llama 3.1.
+
+    Computed on the host in float64: an error of the last digit grows with the position.
+    """
+    frequencies = base ** (-np.arange(pairs) / pairs)
+    if scaling:
+        turns = scaling.original_max_position * frequencies / (2 * np.pi)
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        kept = np.clip((turns - scaling.low_freq_factor) / span, 0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+    return frequencies.astype(np.float32)
+
+
+def mrope_angles(positions: jax.Array, axes: tuple[int, ...], base: float, scaling: RopeScaling | None) -> jax.Array:
+    """Angles of M-RoPE (Qwen2-VL, arXiv 2409.12191 §2.1): the frequencies of text, each turned by one coordinate.
+
+    positions: int [..., 3], (time, row, column), equal in text; axes: of each pair of values, which of the three.
+    Returns float32 [..., head_dim / 2].
+    """
+    frequencies = jnp.asarray(rope_frequencies(len(axes), base, scaling))
+    return positions[..., jnp.array(axes)].astype(jnp.float32) * jnp.expand_dims(frequencies, range(positions.ndim - 1))
 
 
 def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
@@ -31,7 +57,20 @@ class Attention(nnx.Module):
     """Grouped-query attention. Shapes: x [..., T, width], angles [..., T, E / 2]. `fused` is explained at `fuse`."""
 
     def __init__(
-        self, width, *, num_heads, num_kv_heads, head_dim, qkv_bias, qk_norm, fused, eps, out_scale, dtype, rngs
+        self,
+        width,
+        *,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        qkv_bias,
+        qk_norm,
+        fused,
+        eps,
+        out_scale,
+        dtype,
+        rngs,
+        o_bias=False,
     ):
         self.num_kv_heads, self.head_dim, self.fused = num_kv_heads, head_dim, fused
 
@@ -47,7 +86,7 @@ class Attention(nnx.Module):
             self.q_proj = linear(width, num_heads * head_dim, qkv_bias)
             self.k_proj = linear(width, num_kv_heads * head_dim, qkv_bias)
             self.v_proj = linear(width, num_kv_heads * head_dim, qkv_bias)
-        self.o_proj = linear(num_heads * head_dim, width, scale=out_scale)
+        self.o_proj = linear(num_heads * head_dim, width, o_bias, out_scale)
         self.q_norm = rms_norm(head_dim, eps, dtype, rngs) if qk_norm else None
         self.k_norm = rms_norm(head_dim, eps, dtype, rngs) if qk_norm else None
 
@@ -70,17 +109,17 @@ class Attention(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202). `fused` is explained at `fuse`."""
 
-    def __init__(self, width, mlp_width, *, fused, out_scale, dtype, rngs):
+    def __init__(self, width, mlp_width, *, bias, fused, out_scale, dtype, rngs):
         def linear(n_in, n_out, scale=1.0):
             init = nnx.initializers.variance_scaling(scale**2, "fan_in", "normal")
             return nnx.Linear(
-                n_in, n_out, use_bias=False, kernel_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
+                n_in, n_out, use_bias=bias, kernel_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
             )
 
         self.fused = fused
         if fused:
             self.gate_up_proj = nnx.LinearGeneral(
-                width, (2, mlp_width), use_bias=False, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
+                width, (2, mlp_width), use_bias=bias, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
             )
         else:
             self.gate_proj = linear(width, mlp_width)
@@ -96,16 +135,35 @@ class SwiGLU(nnx.Module):
         return self.down_proj(jax.nn.silu(gate) * up)
 
 
+class GeluMLP(nnx.Module):
+    """down(gelu(up(x))), with the tanh approximation of GELU."""
+
+    def __init__(self, width, mlp_width, *, bias, fused, out_scale, dtype, rngs):
+        del fused  # there is nothing to fuse
+        options = dict(use_bias=bias, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        init = nnx.initializers.variance_scaling(out_scale**2, "fan_in", "normal")
+        self.up_proj = nnx.Linear(width, mlp_width, **options)
+        self.down_proj = nnx.Linear(mlp_width, width, kernel_init=init, **options)
+
+    def __call__(self, x):
+        return self.down_proj(jax.nn.gelu(self.up_proj(x), approximate=True))
+
+
+MLPS = {"swiglu": SwiGLU, "gelu_tanh": GeluMLP}
+
+
 class Block(nnx.Module):
     """Pre-norm attention and MLP. `packed` sees whole sequences, `prefill` and `decode`
     write into a paged KV cache (`models.paged`) and read from it."""
 
-    def __init__(self, width, mlp_width, *, eps, dtype, rngs, out_scale, fused=False, **attention_shape):
+    def __init__(
+        self, width, mlp_width, *, norm, mlp, mlp_bias, eps, dtype, rngs, out_scale, fused=False, **attention_shape
+    ):
         parts = dict(fused=fused, out_scale=out_scale, dtype=dtype, rngs=rngs)
-        self.attn_norm = rms_norm(width, eps, dtype, rngs)
+        self.attn_norm = NORMS[norm](width, eps, dtype, rngs)
         self.attn = Attention(width, eps=eps, **parts, **attention_shape)
-        self.mlp_norm = rms_norm(width, eps, dtype, rngs)
-        self.mlp = SwiGLU(width, mlp_width, **parts)
+        self.mlp_norm = NORMS[norm](width, eps, dtype, rngs)
+        self.mlp = MLPS[mlp](width, mlp_width, bias=mlp_bias, **parts)
 
     def packed(self, x, angles, segments, *, causal, implementation, mesh):
         """x [R, T, D] -> (x, (keys, values) each [R, T, K, E]). Tokens see only their own segment."""
@@ -180,3 +238,21 @@ class RMSNorm(nnx.RMSNorm):
 
 def rms_norm(width, eps, dtype, rngs) -> RMSNorm:
     return RMSNorm(width, epsilon=eps, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """(x - mean) / std · scale + bias over the last axis (arXiv 1607.06450), in float32, cast back."""
+
+    def __call__(self, x, **_):
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        scale, bias = (jnp.expand_dims(p[...].astype(jnp.float32), range(x.ndim - 1)) for p in (self.scale, self.bias))
+        return (x * scale + bias).astype(self.dtype)
+
+
+def layer_norm(width, eps, dtype, rngs) -> LayerNorm:
+    return LayerNorm(width, epsilon=eps, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+
+
+NORMS = {"rms": rms_norm, "layer": layer_norm}

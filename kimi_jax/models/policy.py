@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kimi_jax.arrays import PackedRows
-from kimi_jax.models import decoder, layers, vision
+from kimi_jax.models import decoder, layers, lora, vision
 from kimi_jax.models.config import ModelConfig
 
 
@@ -66,13 +66,15 @@ class Policy:
 
     def hidden(self, params: dict, rows: PackedRows) -> jax.Array:
         """Final hidden states [R, T, D] of packed rows."""
-        x, angles = self._embed(params, rows, remat=self.remat)
+        params = lora.attached(params)
+        x, angles, deepstack = self._embed(params, rows, remat=self.remat)
         x = decoder.apply_packed(
             self._runs,
             params["decoder"],
             x,
             angles,
             rows.segments,
+            deepstack,
             causal=True,
             implementation=self.implementation,
             mesh=self.mesh,
@@ -121,11 +123,15 @@ class Policy:
     # --- sampling layout ---
 
     def to_sampling_layout(self, params: dict, dtype: str) -> dict:
-        """Casts, unstacks and fuses the decoder. The vision tower stays as it is: it runs once per prompt."""
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        """Merges adapters, casts, unstacks and fuses the decoder.
+
+        The vision tower stays in the training layout: it runs once per prompt.
+        """
+        params = lora.attached(params)
         stacked = params["decoder"]
         unstacked = decoder.unstack_runs(stacked["runs"], self.config.head_dim)
-        return params | {"decoder": {"ends": stacked["ends"], "layers": unstacked}}
+        params = params | {"decoder": {"ends": stacked["ends"], "layers": unstacked}}
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), lora.merged(params))
 
     def new_pages(self, count: int, page: int):
         """An empty cache of `count` pages of `page` tokens: per layer (keys, values), each [K, count, page, E]."""
@@ -139,17 +145,28 @@ class Policy:
         rows: tokens, positions (-1: padding), segments (1, 0: padding) and what belongs to images; targets and
         loss_mask are not looked at. table int32 [R, M]. fresh: every piece begins its sequence.
         """
-        x, angles = self._embed(params, rows, remat=False)
+        x, angles, deepstack = self._embed(params, rows, remat=False)
         options = dict(fresh=fresh, implementation=self.implementation, mesh=self.mesh)
-        return decoder.apply_prefill(self._fused_runs, params["decoder"], x, angles, rows, pages, table, **options)[1]
+        return decoder.apply_prefill(
+            self._fused_runs, params["decoder"], x, angles, rows, pages, table, deepstack, **options
+        )[1]
 
-    def decode(self, params: dict, pages, table: jax.Array, token: jax.Array, positions: jax.Array):
+    def decode(
+        self,
+        params: dict,
+        pages,
+        table: jax.Array,
+        token: jax.Array,
+        positions: jax.Array,
+        rope_offsets: jax.Array | None = None,
+    ):
         """Reads one token per row, int32 [B], at positions int32 [B], -1 in empty rows.
 
-        Returns next-token logits float32 [B, V] and the cache.
+        rope_offsets: see `arrays.Slots`. Returns next-token logits float32 [B, V] and the cache.
         """
         ends = self._ends(params)
-        angles = layers.rope_angles(positions[:, None], self.config.head_dim, self.config.rope_base)
+        turns = positions if rope_offsets is None else positions + rope_offsets
+        angles = self._angles(turns[:, None])
         options = dict(implementation=self.implementation, mesh=self.mesh)
         x, pages = decoder.apply_decode(
             self._fused_runs, params["decoder"], ends.embed(token), angles, pages, table, positions, **options
@@ -159,31 +176,39 @@ class Policy:
     # --- shared ---
 
     def _embed(self, params, rows, *, remat):
-        x = self._ends(params).embed(rows.tokens)
+        """What the decoder reads: embeddings [R, T, D], angles, and what images add to its first layers or None."""
+        x, deepstack = self._ends(params).embed(rows.tokens), None
         if self.config.vision and rows.patches.shape[1]:
-            features = self._image_features(params, rows, remat=remat)
-            pictured = jnp.take_along_axis(features, jnp.maximum(rows.image_index, 0)[..., None], axis=1)
-            x = jnp.where(rows.image_index[..., None] >= 0, pictured, x)
-        return x, layers.rope_angles(rows.positions[..., None], self.config.head_dim, self.config.rope_base)
+            features, deeper = self._image_features(params, rows, remat=remat)
+            is_image = rows.image_index[..., None] >= 0
+            at = jnp.maximum(rows.image_index, 0)[..., None]
+            place = lambda features, text: jnp.where(is_image, jnp.take_along_axis(features, at, axis=1), text)  # noqa: E731
+            x = place(features, x)
+            if deeper:
+                deepstack = jnp.stack([place(features, 0) for features in deeper])
+        if self.config.mrope_sections:
+            config = self.config
+            angles = layers.mrope_angles(rows.rope_positions, config.mrope_axes, config.rope_base, config.rope_scaling)
+            return x, angles, deepstack
+        return x, self._angles(rows.positions[..., None]), deepstack
+
+    def _angles(self, positions):
+        return layers.rope_angles(positions, self.config.head_dim, self.config.rope_base, self.config.rope_scaling)
 
     def _image_features(self, params, rows, *, remat):
-        """One embedding per merged patch, [R, P / merge², D]. Images do not see each other."""
-        config = self.config.vision
-        ends = nnx.merge(_vision_ends_graphdef(self.config), params["vision"]["ends"])
-        angles = layers.rope_angles(rows.patch_positions, config.width // config.num_heads, config.rope_base)
-        x = decoder.apply_packed(
+        """See `vision.features`."""
+        return vision.features(
+            self.config.vision,
+            nnx.merge(_vision_ends_graphdef(self.config), params["vision"]["ends"]),
             self._vision_runs,
-            params["vision"],
-            ends.embed(rows.patches.astype(self._dtype)),
-            angles,
-            rows.patch_segments,
-            causal=False,
+            params["vision"]["runs"],
+            rows,
+            dtype=self._dtype,
             implementation=self.implementation,
             mesh=self.mesh,
             remat=remat,
             unroll=self.unroll,
         )
-        return ends.project(x, config.merge_size)
 
     def _ends(self, params) -> DecoderEnds:
         return nnx.merge(_decoder_ends_graphdef(self.config), params["decoder"]["ends"])
@@ -218,7 +243,11 @@ def _decoder_runs(config: ModelConfig, *, fused: bool) -> tuple[decoder.Run, ...
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             qkv_bias=config.qkv_bias,
+            o_bias=config.o_bias,
             qk_norm=config.qk_norm,
+            norm="rms",
+            mlp="swiglu",
+            mlp_bias=False,
             fused=fused,
             eps=config.norm_eps,
             out_scale=(2 * config.num_layers) ** -0.5,
@@ -226,13 +255,14 @@ def _decoder_runs(config: ModelConfig, *, fused: bool) -> tuple[decoder.Run, ...
             rngs=rngs,
         )
 
-    return (decoder.Run.of(make, config.num_layers),)
+    # Layers to which images add something are a run of their own.
+    first = len(config.vision.deepstack_layers) if config.vision else 0
+    return tuple(decoder.Run.of(make, count) for count in (first, config.num_layers - first) if count)
 
 
 @functools.cache
 def _vision_runs(config: ModelConfig) -> tuple[decoder.Run, ...]:
-    make = lambda rngs: vision.vision_block(config.vision, dtype=jnp.dtype(config.dtype), rngs=rngs)  # noqa: E731
-    return (decoder.Run.of(make, config.vision.num_layers),)
+    return vision.make_runs(config.vision, dtype=jnp.dtype(config.dtype))
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Host -> device: judged groups become the packed micro-batches of an iteration's updates."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ def build_minibatches(
     patch_dim: int,
     merge: int,
     image_id: int,
+    extras: Sequence[str] = (),
     oldest_version: int,
 ) -> list[list[RLBatch]]:
     """Splits groups into mini-batches (one update each) and those into micro-batches of fixed shape (NumPy arrays).
@@ -29,8 +31,8 @@ def build_minibatches(
     rewards, advantages: per group float [k], nan where a response is ungradable; those responses are left out, and a
     group of fewer than two others is left out whole (k1.5 §2.3.2; the caller counts them). Groups keep their order and
     are dealt out in turn. rows, row_tokens, row_patches: shape of a micro-batch; responses: N, its capacity in
-    responses. Tokens that a version before `oldest_version` sampled carry no loss (k1.5 §2.6.2). The number of
-    micro-batches varies, their shape does not, so nothing recompiles.
+    responses; patch_dim to extras: see `data.packing.pack_rows`. Tokens that a version before `oldest_version` sampled
+    carry no loss (k1.5 §2.6.2). The number of micro-batches varies, their shape does not, so nothing recompiles.
     """
     kept = [i for i in range(len(groups)) if np.isfinite(rewards[i]).sum() >= 2]
     out = []
@@ -46,7 +48,8 @@ def build_minibatches(
         plan = plan_rows(examples, row_tokens=row_tokens, row_patches=row_patches) if examples else []
         # A row of short responses may hold more of them than a micro-batch: cut it.
         plan = [row[i : i + responses] for row in plan for i in range(0, len(row), responses)]
-        pack = dict(row_tokens=row_tokens, row_patches=row_patches, patch_dim=patch_dim, merge=merge, image_id=image_id)
+        pack = dict[str, Any](row_tokens=row_tokens, row_patches=row_patches, patch_dim=patch_dim, merge=merge)
+        pack |= dict(image_id=image_id, extras=extras)
         out.append(
             [
                 _micro_batch(examples, records, part, rows, responses, oldest_version, pack)

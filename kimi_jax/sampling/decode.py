@@ -60,7 +60,7 @@ def decode(
     def step(carry):
         i, pages, repeated, token, lengths, live, drawn = carry
         positions = jnp.where(live, slots.positions + i, -1)
-        logits, pages = policy.decode(params, pages, slots.table, token, positions)
+        logits, pages = policy.decode(params, pages, slots.table, token, positions, slots.rope_offsets)
         token, logprob = choose(logits, rollout_keys(run_key, slots.serials, lengths), settings)
         repeated, repeats = repetition.update(repeated, token, live, repetition_settings)
         ended = live & jnp.any(token[:, None] == settings.end_ids[None], axis=-1)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kimi_jax.arrays import PackedRows, Slots
-from kimi_jax.data.packing import pack_rows
+from kimi_jax.data.packing import empty_extras, pack_rows, rope_offset
 from kimi_jax.models.policy import Policy
 from kimi_jax.sampling.flight import Flight
 from kimi_jax.sampling.logits import SamplingSettings
@@ -223,6 +223,7 @@ class Engine:
             lengths=ints(),
             budgets=ints(),
             live=np.zeros(B, bool),
+            rope_offsets=ints() if self.policy.config.mrope_sections else None,
         )
 
     def prefill_arrays(self, bucket: int, with_images: bool) -> tuple[PackedRows, np.ndarray]:
@@ -240,6 +241,7 @@ class Engine:
             patches=np.zeros((R, patches, vision.patch_dim if vision else 0), np.float32),
             patch_positions=np.zeros((R, patches, 2), np.int32),
             patch_segments=np.zeros((R, patches), np.int32),
+            **empty_extras((R, bucket), patches, self.policy.config.extras),
         )
         return rows, np.zeros((R, self.row_pages), np.int32)
 
@@ -257,8 +259,14 @@ class Engine:
             patch_dim=vision.patch_dim,
             merge=vision.merge_size,
             image_id=self.image_id,
+            extras=self.policy.config.extras,
         )
         return rows
+
+    def rope_offset(self, prompt: Prompt) -> int:
+        """See `arrays.Slots`."""
+        vision = self.policy.config.vision
+        return rope_offset(prompt.images, merge=vision.merge_size) if vision else 0
 
     def prefill_rows(self, bucket: int) -> int:
         """Rows of a prefill call whose rows have `bucket` tokens: those that keep its size about `prefill_tokens`."""

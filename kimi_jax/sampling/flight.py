@@ -145,7 +145,8 @@ class Flight:
             group.pages = free.take(common)
             if shared:
                 table = np.array(group.pages, np.int32)
-                group.load = Load(group.prompt.tokens[:shared], 0, table, shard, self.engine.image_rows(group.prompt))
+                images = self.engine.image_rows(group.prompt)
+                group.load = Load(group.prompt.tokens[:shared], 0, table, shard, images, 0)
                 self._loads.append(group.load)
         slot = empty.pop()
         row = Row(index, group, slot, shard, free.take(own))
@@ -155,6 +156,9 @@ class Flight:
         table = np.array(group.pages[: shared // page] + row.pages, np.int32)
         self._slots.table[slot] = 0
         self._slots.table[slot, : len(table)] = table
+        offset = self.engine.rope_offset(group.prompt)
+        if self._slots.rope_offsets is not None:
+            self._slots.rope_offsets[slot] = offset
         for name, value in dict(
             last_token=tokens[-1],
             positions=len(tokens) - 1,
@@ -167,7 +171,7 @@ class Flight:
             row.fork = (group.pages[-1], row.pages[0])
         if len(tokens) - 1 > shared:
             images = None if shared else self.engine.image_rows(group.prompt)
-            row.load = Load(tokens[shared:-1], shared, table, shard, images)
+            row.load = Load(tokens[shared:-1], shared, table, shard, images, offset)
         if group.load and not group.load.done:
             group.load.then.append(row)
         else:

@@ -49,6 +49,7 @@ class Load:
     table: np.ndarray  # int32, pages of the sequence
     shard: int
     images: PackedRows | None  # one row: the prompt that `tokens` begins, if it has images
+    rope_offset: int  # of text behind the images
     read: int = 0
     done: bool = False
     then: list["Row"] = dataclasses.field(default_factory=list)  # who waits for it
@@ -78,6 +79,14 @@ class Load:
             rows.image_index[r, : len(image_index)] = image_index
             rows.patches[r], rows.patch_positions[r] = self.images.patches[0], self.images.patch_positions[0]
             rows.patch_segments[r] = self.images.patch_segments[0]
+        for name in ("patch_windows", "patch_grids"):
+            if rows.patches.shape[1] and (array := getattr(rows, name)) is not None:
+                array[r] = getattr(self.images, name)[0]
+        if rows.rope_positions is not None:
+            rows.rope_positions[r, :n] = rows.positions[r, :n, None] + self.rope_offset
+            if self.images is not None:
+                of_prompt = self.images.rope_positions[0, self.read : self.read + n]
+                rows.rope_positions[r, : len(of_prompt)] = of_prompt
         table[r, : len(self.table)] = self.table
         self.read += n
         return n

@@ -17,11 +17,21 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.model = ml_collections.ConfigDict()
     config.model.size = "tiny"  # a name in models.config.NAMED_SIZES
+    # Instead of a size: a published model to begin with, in the Hugging Face layout, and a system message for it.
+    config.model.path = config_dict.placeholder(str)
+    config.model.system = ""
     config.model.dtype = config_dict.placeholder(str)  # compute dtype; None keeps that of the size
     config.model.sampling_dtype = config_dict.placeholder(str)  # of the rollout copy of the weights; None: the same
     config.model.attention = "auto"  # a name in models.attention.IMPLEMENTATIONS, or auto
     config.model.remat = True  # recompute each layer in the backward pass
     config.model.unroll = 1  # layers per step of the scan: more compile longer and may run faster
+    # Patterns over the paths of the parameters to train, such as "vision/.*". None: all, with LoRA the adapters alone.
+    config.model.trainable = config_dict.placeholder(tuple)
+    config.model.base_dtype = "float32"  # or bfloat16: of the parameters that are not trained; those that are: float32
+    config.model.lora = ml_collections.ConfigDict()  # low-rank adapters: models.lora
+    config.model.lora.rank = 0  # r; 0: none
+    config.model.lora.alpha = 32.0  # α: they count α / r
+    config.model.lora.targets = (r"decoder/runs/.*/(q|k|v|o|gate|up|down)_proj/kernel",)  # what they adapt
 
     config.mesh = ml_collections.ConfigDict()  # sizes of the axes; one of them may be -1: all devices that are left
     config.mesh.data = -1
@@ -122,6 +132,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 _AT_LEAST = {
+    "model.lora.rank": 0,
     "sft.rows": 1,
     "rl.problems": 1,
     "rl.micro_rows": 1,
@@ -159,6 +170,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         value = _get(config, path)
         if value is not None and value < least:
             raise ValueError(f"config.{path}={value} must be at least {least}.")
+    _check_trained(config.model)
     divides("sft.micro_rows", "sft.rows")
     divides("rl.updates", "rl.problems")
     divides("rows.logits_chunk", "rows.tokens")
@@ -196,6 +208,20 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"A row of config.rows.tokens={config.rows.tokens} tokens and config.rows.patches={config.rows.patches} "
             f"patches cannot hold the longest response: sampling.prompt_tokens + max_tokens = {longest}, "
             f"sampling.prompt_patches = {config.sampling.prompt_patches}."
+        )
+
+
+def _check_trained(model: ml_collections.ConfigDict) -> None:
+    if model.trainable is not None and not model.trainable:
+        raise ValueError("config.model.trainable=() trains nothing. Name patterns ('decoder/.*'), or leave it out.")
+    if model.lora.rank and model.lora.alpha <= 0:
+        raise ValueError(f"config.model.lora.alpha={model.lora.alpha} must be positive: adapters count alpha / rank.")
+    if model.base_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"config.model.base_dtype={model.base_dtype!r} must be 'float32' or 'bfloat16'.")
+    if model.base_dtype != "float32" and model.trainable is None and not model.lora.rank:
+        raise ValueError(
+            f"config.model.base_dtype={model.base_dtype!r} is for parameters that are not trained, but all are, and "
+            "masters stay float32. Set config.model.lora.rank or config.model.trainable, or leave it 'float32'."
         )
 
 

@@ -3,7 +3,7 @@
 What a workdir holds:
 
     config.json         the resolved config; a run is resumed only with the same one
-    tokenizer.model     SentencePiece, trained on the task text
+    tokenizer.model     SentencePiece, trained on the task text; or hf/, what a published model has besides weights
     checkpoints/sft/    checkpoints/rl/
     sft_metrics.jsonl   metrics.jsonl (one object per RL iteration)
     summary.json        curves.png        report.html
@@ -44,7 +44,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     check_prompts(setup)
     problems = f"{len(setup.train)} train and {len(setup.heldout)} held-out problems"
     if distributed.is_first():
-        print(f"{problems}, {setup.tokenizer.vocab_size} tokens, {device_name()}")
+        print(f"{problems}, {setup.chat.tokenizer.vocab_size} tokens, {device_name()}")
 
     with StopRequest() as stop, clock:
         params = supervised.train(setup, stop)
@@ -115,7 +115,7 @@ def full_evaluation(setup: Setup, params: dict) -> dict:
         setup.heldout,
         list(setup.prompts(setup.heldout)),
         kinds=[get_task(problem.task).kind for problem in setup.heldout],
-        end_ids=[setup.tokenizer.end_id],
+        end_ids=setup.chat.end_ids,
         key=setup.key(EVALUATION),
     )
 
@@ -130,7 +130,7 @@ def report_groups(setup: Setup, params: dict) -> list[RolloutGroup]:
         problems,
         list(setup.prompts(problems)),
         k=setup.config.rl.responses,
-        settings=SamplingSettings.of(temperature=setup.config.rl.temperature, end_ids=[setup.tokenizer.end_id]),
+        settings=SamplingSettings.of(temperature=setup.config.rl.temperature, end_ids=setup.chat.end_ids),
         key=setup.key(REPORT),
     )
 

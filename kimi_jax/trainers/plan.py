@@ -13,11 +13,12 @@ import ml_collections
 import numpy as np
 from jax.sharding import AbstractMesh
 
+from kimi_jax.models import paths
 from kimi_jax.models.policy import Policy
 from kimi_jax.sampling.engine import Engine
 from kimi_jax.trainers import setup
 from kimi_jax.trainers.config import fields
-from kimi_jax.training import sharding
+from kimi_jax.training import sharding, trainable
 
 GIB = 2**30
 
@@ -33,6 +34,8 @@ def describe(config: ml_collections.ConfigDict, devices=None) -> str:
     mesh = mesh_of_sizes(config, len(devices))
     state = Weights.of(config, policy, mesh)
     count = lambda name: sum(leaf.size for leaf in jax.tree.leaves(state.params.get(name, ())))  # noqa: E731
+    parts = [f"{name} {count(name):,}" for name in ("decoder", "vision", "lora") if name != "lora" or count(name)]
+    frozen = sum(leaf.size for leaf in jax.tree.leaves(state.frozen))
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     lines = [
         "# Config",
@@ -40,7 +43,8 @@ def describe(config: ml_collections.ConfigDict, devices=None) -> str:
         "",
         "# Model",
         f"{config.model.size}, computing in {shape.dtype}; a vocabulary of at most {shape.vocab_size:,} tokens",
-        f"parameters: decoder {count('decoder'):,} + vision {count('vision'):,} = {state.count:,}",
+        f"parameters: {' + '.join(parts)} = {state.count:,}",
+        *([f"trained: {state.count - frozen:,}; frozen in {config.model.base_dtype}: {frozen:,}"] if frozen else []),
         "",
         "# Devices",
         f"{len(devices)} × {devices[0].device_kind}; mesh {sizes}",
@@ -97,7 +101,9 @@ def _memory_lines(config, policy, mesh, state):
     logits = 3 * np.dtype(np.float32).itemsize * vocab  # of a token: themselves, their softmax, their gradient
 
     activations = tokens * itemsize * (shape.num_layers * kept + recomputed)
-    always = {"masters, float32": state.masters}
+    always = {"masters, float32": state.trained_bytes}
+    if state.frozen:
+        always[f"frozen parameters, {config.model.base_dtype}"] = state.masters - state.trained_bytes
     if not config.rl.reset_optimizer:
         always["optimizer moments"] = state.moments
     rollout = always | {
@@ -107,11 +113,13 @@ def _memory_lines(config, policy, mesh, state):
     }
     update = always | {
         "rollout copy of the weights": state.rollout,
-        "gradients, float32": state.masters,
+        "gradients, float32": state.trained_bytes,
         "optimizer moments": state.moments,
         f"activations, {micro_rows} rows × {config.rows.tokens:,} tokens": activations,
         f"logits, {config.rows.logits_chunk} tokens per row": micro_rows * config.rows.logits_chunk * logits,
     }
+    if "lora" in state.params:
+        update["kernels with adapters merged, float32"] = state.merged(config.model.remat)
     lines = ["# Memory per device (estimate)"]
     for phase, parts in (("rollout", rollout), ("update", update)):
         lines += [f"{phase} phase"]
@@ -139,18 +147,23 @@ class Weights:
     """The copies of the parameters as shapes with shardings, and their bytes per device."""
 
     params: Any
+    trained: Any  # those of them that are, and those that are not
+    frozen: Any
     opt_state: Any
     rollout_params: Any
 
     @classmethod
     def of(cls, config, policy: Policy, mesh) -> "Weights":
-        place = lambda tree, rules: with_shardings(tree, sharding.shardings(mesh, tree, rules))  # noqa: E731
-        params = jax.eval_shape(policy.init, jax.random.key(0))
-        opt_state = jax.eval_shape(setup.make_optimizer(config.rl.optimizer).init, params)
+        place = lambda tree, rules: setup.with_shardings(tree, sharding.shardings(mesh, tree, rules))  # noqa: E731
+        params = setup.params_like(config, policy, mesh)
+        trained, frozen = trainable.split(params, setup.trained_patterns(config))
+        opt_state = jax.eval_shape(setup.make_optimizer(config.rl.optimizer).init, trained)
         dtype = config.model.sampling_dtype or policy.config.dtype
         rollout_params = jax.eval_shape(functools.partial(policy.to_sampling_layout, dtype=dtype), params)
         return cls(
-            place(params, sharding.TRAIN_RULES),
+            params,
+            trained,
+            frozen,
             place(opt_state, sharding.TRAIN_RULES),
             place(rollout_params, sharding.SAMPLE_RULES),
         )
@@ -161,7 +174,23 @@ class Weights:
 
     @property
     def masters(self) -> int:
+        """The training copy: what is frozen included."""
         return bytes_per_device(self.params)
+
+    @property
+    def trained_bytes(self) -> int:
+        return bytes_per_device(self.trained)
+
+    def merged(self, remat: bool) -> int:
+        """What a gradient needs for kernels with adapters: all of them, or with remat one layer and its gradients."""
+        flat, sizes = dict(paths.flatten(self.params)), []
+        for tower in self.params["lora"].keys() - {"scale"}:
+            for run, adapters in self.params["lora"][tower]["runs"].items():
+                modules = [path.removesuffix("/a") for path, _ in paths.flatten(adapters) if path.endswith("/a")]
+                kernels = [flat[f"{tower}/runs/{run}/{module}/kernel"] for module in modules]
+                size = 4 * sum(math.prod(k.sharding.shard_shape(k.shape)) for k in kernels)  # float32
+                sizes.append(2 * size // kernels[0].shape[0] if remat else size)
+        return max(sizes) if remat else sum(sizes)
 
     @property
     def moments(self) -> int:
@@ -170,12 +199,6 @@ class Weights:
     @property
     def rollout(self) -> int:
         return bytes_per_device(self.rollout_params)
-
-
-def with_shardings(tree: Any, shardings: Any) -> Any:
-    """Shapes and types of `tree`, placed: what a program can be compiled for."""
-    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
-    return jax.tree.map(place, tree, shardings)
 
 
 def bytes_per_device(tree: Any) -> int:

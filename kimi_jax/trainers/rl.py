@@ -47,13 +47,16 @@ def loss_fn(logprobs, batch: RLBatch, hyper, *, form):
 
 
 def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
-    """Runs or resumes the stage from `params` and returns its final parameters. Raises Interrupted, NonFiniteError."""
+    """Runs or resumes the stage from `params`, which it consumes, and returns its final parameters.
+
+    Raises Interrupted, NonFiniteError.
+    """
     config = setup.config.rl
     writer = MetricsWriter(setup.workdir / "metrics.jsonl")
     stepper = setup.stepper(
         functools.partial(loss_fn, form=config.form), config.optimizer, total_steps=config.iterations * config.updates
     )
-    settings = SamplingSettings.of(temperature=config.temperature, end_ids=[setup.tokenizer.end_id])
+    settings = SamplingSettings.of(temperature=config.temperature, end_ids=setup.chat.end_ids)
     prompts = setup.prompts(setup.train)
     kinds = sorted({get_task(problem.task).kind for problem in setup.train})
     prompt_sampler = PromptSampler(
@@ -68,7 +71,6 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
     )
 
     # --- state: from SFT, or from the last checkpoint
-    state = setup.new_state(params, None if config.reset_optimizer else stepper.init_optimizer(params))
     serial = 0
     buffer = ReplayBuffer()
     rollout_params = None
@@ -83,8 +85,10 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
     ):
         start = checkpoints.latest_step() or 0
         if start:
+            for leaf in jax.tree.leaves(params):  # there is no room for both, and whoever called still holds these
+                leaf.delete()
             like = {
-                "state": state,
+                "state": setup.state_like(stepper, moments=not config.reset_optimizer),
                 "prompts": prompt_sampler.state(),
                 "buffer": buffer.like(checkpoints.read_meta().get("buffer", {})),
             }
@@ -92,6 +96,8 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
             state, serial = saved["state"], meta["serial"]
             prompt_sampler.restore(saved["prompts"])
             buffer.restore(saved["buffer"], problems=len(setup.train))
+        else:
+            state = setup.new_state(params, None if config.reset_optimizer else stepper.init_optimizer(params))
         writer.cut_back(start)
 
         watch = Stopwatch()
@@ -275,7 +281,7 @@ def _evaluate(setup: Setup, params) -> dict:
         problems,
         list(setup.prompts(problems)),
         kinds=kinds,
-        end_ids=[setup.tokenizer.end_id],
+        end_ids=setup.chat.end_ids,
         key=setup.key(EVALUATION),
     )
     return {f"eval_{kind}_accuracy": result["accuracy"] for kind, result in results.items()}

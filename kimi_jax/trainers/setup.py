@@ -1,4 +1,4 @@
-"""From a config to the things a run is made of: mesh, policy, tokenizer, problems, engines."""
+"""From a config to the things a run is made of: mesh, policy, chat format, problems, engines."""
 
 import dataclasses
 import functools
@@ -13,10 +13,11 @@ import numpy as np
 import optax
 
 from kimi_jax.arrays import TrainState
-from kimi_jax.data import chat
+from kimi_jax.data.chat import ChatFormat, NativeChat
+from kimi_jax.data.hf_chat import load_chat_format
 from kimi_jax.data.loaders import encoded_problems
 from kimi_jax.data.tokenizer import Tokenizer
-from kimi_jax.models import attention
+from kimi_jax.models import attention, hf, lora
 from kimi_jax.models.config import ModelConfig, named_size
 from kimi_jax.models.policy import Policy
 from kimi_jax.sampling.engine import Engine
@@ -24,12 +25,13 @@ from kimi_jax.sampling.handover import make_handover
 from kimi_jax.sampling.repetition import RepetitionSettings
 from kimi_jax.tasks import get_task
 from kimi_jax.tasks.base import make_problems
-from kimi_jax.training import distributed, optim, sharding
+from kimi_jax.training import distributed, optim, sharding, trainable
 from kimi_jax.training.step import LossFn, Stepper
 from kimi_jax.types import Problem
 
 # Independent streams of randomness under one seed.
 INIT, ROLLOUT, EVALUATION, REPORT = range(4)
+_ADAPTERS = 2**31 - 1  # folds into the key of INIT; no small number, which splitting that key also gives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Setup:
     workdir: pathlib.Path
     mesh: jax.sharding.Mesh
     policy: Policy
-    tokenizer: Tokenizer
+    chat: ChatFormat
     train: list[Problem]  # kinds and tasks interleaved
     heldout: list[Problem]
     engine: Engine
@@ -53,31 +55,37 @@ class Setup:
         )
 
     @property
-    def patching(self) -> dict[str, int]:
-        vision = self.policy.config.vision  # None: a model of text alone, whose tasks have no images to cut
-        return {"patch_size": vision.patch_size if vision else 1, "merge": vision.merge_size if vision else 1}
-
-    @property
-    def packing(self) -> dict[str, int]:
-        return packing(self.config, self.policy.config, image_id=self.tokenizer.image_id)
+    def packing(self) -> dict[str, Any]:
+        return packing(self.config, self.policy.config, image_id=self.chat.image_id)
 
     def prompts(self, problems: list[Problem]) -> grain.MapDataset:
         """Encoded prompts, made when asked for."""
-        return encoded_problems(
-            problems, functools.partial(chat.encode_problem, tokenizer=self.tokenizer, **self.patching)
-        )
+        return encoded_problems(problems, self.chat.encode_problem)
 
     def init_params(self) -> dict:
-        return jax.jit(self.policy.init, out_shardings=self.params_sharding)(self.key(INIT))
+        """What the run begins with: random parameters, or those of a published model, with fresh adapters."""
+        init = functools.partial(init_params, self.config, self.policy)
+        like, path = self.params_like, self.config.model.path
+        if not path:
+            return jax.jit(init, out_shardings=_shardings(like))(self.key(INIT))
+        adapters = {name: like.pop(name) for name in ("lora",) if name in like}
+        params = hf.load_params(hf_directory(path), like)
+        only = lambda key: {name: init(key)[name] for name in adapters}  # noqa: E731
+        return params | jax.jit(only, out_shardings=_shardings(adapters))(self.key(INIT))
 
     def new_state(self, params: dict, opt_state: Any) -> TrainState:
         """At step 0. The counter lies on the mesh like the rest, and so it comes back from a checkpoint."""
         step = sharding.replicate(self.mesh, np.int32(0))
         return TrainState(params, opt_state, step)
 
+    def state_like(self, stepper: Stepper, *, moments: bool) -> TrainState:
+        """Shapes and shardings of the state of a stage: what a checkpoint is restored into."""
+        opt_state = jax.eval_shape(stepper.init_optimizer, self.params_like) if moments else None
+        return self.new_state(self.params_like, with_shardings(opt_state, stepper.moments_sharding(opt_state)))
+
     @property
-    def params_sharding(self) -> Any:
-        return sharding.shardings(self.mesh, jax.eval_shape(self.policy.init, self.key(INIT)), sharding.TRAIN_RULES)
+    def params_like(self) -> dict:
+        return params_like(self.config, self.policy, self.mesh)
 
     def put_rows(self, tree: Any) -> Any:
         return sharding.put_rows(self.mesh, tree)
@@ -86,7 +94,11 @@ class Setup:
         return make_stepper(self.config, self.policy, self.mesh, loss_fn, options, total_steps)
 
 
-def packing(config: ml_collections.ConfigDict, shape: ModelConfig, *, image_id: int) -> dict[str, int]:
+def _shardings(like: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, like)
+
+
+def packing(config: ml_collections.ConfigDict, shape: ModelConfig, *, image_id: int) -> dict[str, Any]:
     """How sequences are packed into rows, for `data.packing.pack_rows` and what calls it."""
     return {
         "row_tokens": config.rows.tokens,
@@ -94,6 +106,7 @@ def packing(config: ml_collections.ConfigDict, shape: ModelConfig, *, image_id: 
         "patch_dim": shape.vision.patch_dim if shape.vision else 0,
         "merge": shape.vision.merge_size if shape.vision else 1,
         "image_id": image_id,
+        "extras": shape.extras,
     }
 
 
@@ -116,6 +129,7 @@ def make_stepper(
         clip_norm=options.clip_norm,
         logits_chunk=config.rows.logits_chunk,
         moments_sharding=lambda shapes: sharding.shardings(mesh, shapes, sharding.TRAIN_RULES),
+        trained=trained_patterns(config),
     )
 
 
@@ -128,22 +142,36 @@ def make_optimizer(options: ml_collections.ConfigDict) -> optax.GradientTransfor
 
 
 def model_config(config: ml_collections.ConfigDict, vocab_size: int | None) -> ModelConfig:
-    """The named size with the config's changes. vocab_size: of the tokenizer; None keeps that of the size."""
-    changes = {"dtype": config.model.dtype, "vocab_size": vocab_size}
-    shape = named_size(config.model.size, **{name: value for name, value in changes.items() if value})
+    """That of config.model.path, or the named size, with the config's changes.
+
+    vocab_size: of the tokenizer, for a named size; None keeps that of the size.
+    """
+    changes = {"dtype": config.model.dtype} if config.model.dtype else {}
+    if config.model.path:
+        name, shape = f"path={config.model.path!r}", hf.read_config(hf_directory(config.model.path))[1]
+        shape = dataclasses.replace(shape, **changes)
+    else:
+        changes |= {"vocab_size": vocab_size} if vocab_size else {}
+        name, shape = f"size={config.model.size!r}", named_size(config.model.size, **changes)
     if config.data.image_tasks and not shape.vision:
         raise ValueError(
-            f"config.model.size={config.model.size!r} reads text alone, but config.data.image_tasks="
-            f"{tuple(config.data.image_tasks)}. Set config.data.image_tasks=() or choose a size with a vision tower."
+            f"config.model.{name} reads text alone, but config.data.image_tasks={tuple(config.data.image_tasks)}. Set "
+            "config.data.image_tasks=() or choose a model with a vision tower."
         )
     return shape
+
+
+def hf_directory(path: str | pathlib.Path) -> pathlib.Path:
+    """A directory in the Hugging Face layout: `path` itself, or that in what scripts/import_weights.py wrote there."""
+    path = pathlib.Path(path)
+    return path / "hf" if (path / "hf" / "config.json").is_file() else path
 
 
 def make_policy(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, shape: ModelConfig) -> Policy:
     implementation = config.model.attention
     if implementation == "auto":
         implementation = attention.choose_implementation(
-            mesh.devices.flat[0].platform, shape.dtype, row_tokens=config.rows.tokens
+            mesh.devices.flat[0].platform, shape.dtype, row_tokens=max(config.rows.tokens, config.rows.patches)
         )
     if implementation not in attention.IMPLEMENTATIONS:
         raise ValueError(
@@ -153,11 +181,39 @@ def make_policy(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, shap
     return Policy(shape, implementation, mesh, remat=config.model.remat, unroll=config.model.unroll)
 
 
-def params_like(policy: Policy, mesh: jax.sharding.Mesh) -> dict:
-    """Shapes and shardings of the parameters: what a checkpoint is restored into."""
-    shapes = jax.eval_shape(policy.init, jax.random.key(0))
-    place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, shapes, sharding.shardings(mesh, shapes, sharding.TRAIN_RULES))
+def init_params(config: ml_collections.ConfigDict, policy: Policy, key: jax.Array) -> dict:
+    """Fresh parameters in the training layout, with adapters if the config asks for them.
+
+    Raises ValueError for patterns that match nothing, and for adapters that would not be trained.
+    """
+    base, adapters = policy.init(key), {}
+    patterns, options = trained_patterns(config), config.model.lora
+    if options.rank:
+        adapters = {"lora": lora.init(base, jax.random.fold_in(key, _ADAPTERS), **options)}
+        if "lora" not in trainable.split(base | adapters, patterns)[0]:
+            raise ValueError(
+                f"config.model.lora.rank={options.rank} makes adapters, but config.model.trainable={patterns} does "
+                "not train them. Add 'lora/.*/[ab]' to it, or leave it out to train the adapters alone."
+            )
+    return trainable.cast_frozen(base | adapters, patterns, config.model.base_dtype) | adapters
+
+
+def trained_patterns(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    if config.model.trainable is not None:
+        return tuple(config.model.trainable)
+    return ("lora/.*/[ab]",) if config.model.lora.rank else (".*",)
+
+
+def params_like(config: ml_collections.ConfigDict, policy: Policy, mesh: jax.sharding.Mesh) -> dict:
+    """Shapes and shardings of the parameters: what a checkpoint is restored into. Raises as `init_params` does."""
+    shapes = jax.eval_shape(functools.partial(init_params, config, policy), jax.random.key(0))
+    return with_shardings(shapes, sharding.shardings(mesh, shapes, sharding.TRAIN_RULES))
+
+
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """Shapes and types of `tree`, placed: what a program can be compiled for, or a checkpoint restored into."""
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+    return jax.tree.map(place, tree, shardings)
 
 
 def make_problem_sets(config: ml_collections.ConfigDict) -> tuple[list[Problem], list[Problem]]:
@@ -176,29 +232,48 @@ def make_problem_sets(config: ml_collections.ConfigDict) -> tuple[list[Problem],
 
 
 def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setup:
-    """Everything but parameters. Trains the tokenizer on the task text, or loads it when the run is resumed."""
+    """Everything but parameters. Whatever else of a published model the run needs is copied to workdir/hf."""
     mesh = sharding.make_mesh(**config.mesh)
+    if config.model.path:  # what cannot work is refused before problems are made
+        load_chat_format(hf_directory(config.model.path))
     train, heldout = make_problem_sets(config)
-    path = workdir / "tokenizer.model"
-    if distributed.is_first() and not path.exists():
-        texts = [text for problem in train for text in (problem.prompt, problem.solution)]
-        Tokenizer.train(texts, path, vocab_size=config.tokenizer.vocab_size)
-    distributed.meet("tokenizer")
-    tokenizer = Tokenizer.load(path)
-    policy = make_policy(config, mesh, model_config(config, tokenizer.vocab_size))
-    engine = make_engine(config, mesh, policy, tokenizer)
+    chat = make_chat(config, workdir, train)
+    policy = make_policy(config, mesh, model_config(config, chat.tokenizer.vocab_size))
+    params_like(config, policy, mesh)  # refuses now what could only fail after the data are prepared
+    engine = make_engine(config, mesh, policy, chat)
     dtype = config.model.sampling_dtype or policy.config.dtype
     return Setup(
         config=config,
         workdir=workdir,
         mesh=mesh,
         policy=policy,
-        tokenizer=tokenizer,
+        chat=chat,
         train=train,
         heldout=heldout,
         engine=engine,
         to_rollout=make_handover(policy, mesh, dtype=dtype),
     )
+
+
+def make_chat(config: ml_collections.ConfigDict, workdir: pathlib.Path, train: list[Problem]) -> ChatFormat:
+    """That of the published model, or our own, whose tokenizer is trained on the task text unless it was before."""
+    if config.model.path:
+        if distributed.is_first() and not (workdir / "hf" / hf.TENSORS).exists():
+            hf.copy_side_files(hf_directory(config.model.path), workdir / "hf")
+        distributed.meet("side files")
+        return load_chat_format(workdir / "hf", system=config.model.system)
+    path = workdir / "tokenizer.model"
+    if distributed.is_first() and not path.exists():
+        texts = [text for problem in train for text in (problem.prompt, problem.solution)]
+        Tokenizer.train(texts, path, vocab_size=config.tokenizer.vocab_size)
+    distributed.meet("tokenizer")
+    tokenizer = Tokenizer.load(path)
+    return native_chat(tokenizer, model_config(config, tokenizer.vocab_size))
+
+
+def native_chat(tokenizer: Tokenizer, shape: ModelConfig) -> NativeChat:
+    vision = shape.vision  # None: a model of text alone, whose tasks have no images to cut
+    return NativeChat(tokenizer, vision.patch_size if vision else 1, vision.merge_size if vision else 1)
 
 
 def engine_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -209,11 +284,11 @@ def engine_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return options | {"repetition_window": window, "repetition": RepetitionSettings.of(**repetition)}
 
 
-def make_engine(config, mesh, policy: Policy, tokenizer: Tokenizer, **changes) -> Engine:
+def make_engine(config, mesh, policy: Policy, chat: ChatFormat, **changes) -> Engine:
     return Engine(
         policy=policy,
-        image_id=tokenizer.image_id,
-        decode_text=tokenizer.decode,
+        image_id=chat.image_id,
+        decode_text=chat.tokenizer.decode,
         put_rows=functools.partial(sharding.put_rows, mesh),
         **engine_options(config) | changes,
     )

@@ -8,7 +8,6 @@ import numpy as np
 
 from kimi_jax import evals
 from kimi_jax.arrays import PackedRows, pytree
-from kimi_jax.data import chat
 from kimi_jax.data.loaders import prefetched, sft_batches, trained_tokens
 from kimi_jax.losses.token import cross_entropy
 from kimi_jax.sampling.logits import SamplingSettings
@@ -38,16 +37,17 @@ def train(setup: Setup, stop: StopRequest) -> dict:
     # --- data
     solved = _first_per_kind(setup.train, config.examples_per_kind)
     prompts = setup.prompts(solved)
-    examples = [chat.encode_example(prompts[i], p.solution, tokenizer=setup.tokenizer) for i, p in enumerate(solved)]
+    examples = [setup.chat.encode_example(prompts[i], p.solution) for i, p in enumerate(solved)]
     batches = sft_batches(examples, seed=setup.config.seed, rows_per_batch=config.rows, **setup.packing)
 
     # --- state: new, or from the last checkpoint
     with Checkpointer(setup.workdir / "checkpoints" / "sft", keep_last=1, keep_best=0, best_metric=None) as checkpoints:
         start = checkpoints.latest_step()
-        params = setup.init_params()
-        state = setup.new_state(params, stepper.init_optimizer(params))
-        if start is not None:
-            _, state, meta = checkpoints.restore(state)
+        if start is None:
+            params = setup.init_params()
+            state = setup.new_state(params, stepper.init_optimizer(params))
+        else:
+            _, state, meta = checkpoints.restore(setup.state_like(stepper, moments=True))
         if start == config.steps:
             return state.params
         # Metrics since the last evaluation. They stay on the device: reading them would wait for the update.
@@ -130,7 +130,7 @@ def _evaluate(setup: Setup, params) -> dict:
         problems,
         list(setup.prompts(problems)),
         k=1,
-        settings=SamplingSettings.of(temperature=0.0, end_ids=[setup.tokenizer.end_id]),
+        settings=SamplingSettings.of(temperature=0.0, end_ids=setup.chat.end_ids),
         key=setup.key(EVALUATION),
     )
     kinds = [get_task(problem.task).kind for problem in problems]

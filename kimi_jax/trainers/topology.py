@@ -27,7 +27,7 @@ from kimi_jax.sampling import decode, repetition
 from kimi_jax.sampling.handover import make_handover
 from kimi_jax.sampling.logits import SamplingSettings
 from kimi_jax.trainers import rl, setup
-from kimi_jax.trainers.plan import GIB, Weights, bytes_per_device, plan_engine, rl_rows, with_shardings
+from kimi_jax.trainers.plan import GIB, Weights, bytes_per_device, plan_engine, rl_rows
 from kimi_jax.training import sharding
 from kimi_jax.types import Problem, Prompt, Rollout, RolloutGroup, StopReason
 
@@ -165,7 +165,7 @@ def _rollout_programs(config, policy, mesh, weights):
     yield _compile("hand-over", handover, weights.params, weights.rollout_params, resident=waiting - weights.masters)
 
     engine = plan_engine(config, policy)
-    put_rows = lambda tree: with_shardings(tree, sharding.row_shardings(mesh, tree))  # noqa: E731
+    put_rows = lambda tree: setup.with_shardings(tree, sharding.row_shardings(mesh, tree))  # noqa: E731
     pages, slots = engine.page_shapes(), put_rows(engine.empty_slots())
     # The longest pieces: of prompts with images, and of what is read further on, where the cache is read too.
     longest = engine.bucket(engine.prompt_tokens + engine.max_tokens)
@@ -196,10 +196,10 @@ def _update_programs(config, policy, mesh, weights):
     loss_fn = functools.partial(rl.loss_fn, form=config.rl.form)
     stepper = setup.make_stepper(config, policy, mesh, loss_fn, config.rl.optimizer, total_steps=1)
     batch = _micro_batch(config, policy)
-    batch = with_shardings(batch, sharding.row_shardings(mesh, batch))
+    batch = setup.with_shardings(batch, sharding.row_shardings(mesh, batch))
     hyper = {"temperature": np.float32(1), "tau": np.float32(1), "is_pi_i": True}
     acc = jax.eval_shape(stepper.zeros, weights.params, batch, hyper)
-    acc = with_shardings(acc, sharding.shardings(mesh, acc, sharding.TRAIN_RULES))
+    acc = setup.with_shardings(acc, sharding.shardings(mesh, acc, sharding.TRAIN_RULES))
     step = jax.ShapeDtypeStruct((), np.int32)
     state = TrainState(weights.params, weights.opt_state, step)
 

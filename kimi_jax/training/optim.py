@@ -31,9 +31,10 @@ def learning_rate(
 
 
 def _matrices(params):
-    """Decay acts on matrices only, not on norms and biases; a leading layer axis does not make a vector a matrix."""
+    """Decay acts on matrices, those of adapters included, not on norms and biases; a leading layer axis does not make a
+    vector a matrix."""
 
     def is_matrix(path, leaf):
-        return jax.tree_util.keystr(path[-1:], simple=True) in ("kernel", "embedding")
+        return jax.tree_util.keystr(path[-1:], simple=True) in ("kernel", "embedding", "a", "b")
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)

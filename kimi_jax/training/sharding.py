@@ -26,10 +26,15 @@ TRAIN_RULES = (
     (rf"{_COLUMN}/bias", P("tensor")),
     (rf"{_ROW}/kernel", P("tensor", "fsdp")),
     (rf"{_ROW}/bias", P()),
+    (rf"{_COLUMN}/a$", P("fsdp", None)),  # adapters: A B comes out as its kernel lies, each device computing its part
+    (rf"{_COLUMN}/b$", P(None, "tensor")),
+    (rf"{_ROW}/a$", P("tensor", None)),
+    (rf"{_ROW}/b$", P(None, "fsdp")),
+    (r"lora/scale", P()),
     (r"patch_embed/kernel", P(None, "fsdp")),
     (r"patch_embed/bias", P()),
     (r"scalar_head/(kernel|bias)", P()),
-    (r"norm/scale", P()),
+    (r"norm/(scale|bias)", P()),
     (r"(^|/)(count|step)$", P()),  # of Adam, of TrainState
     (r"(^|/)parts/", P()),  # of a loss
 )

@@ -7,11 +7,13 @@
 
 A loss is a pure function `loss_fn(logprobs, batch, hyper) -> (loss, parts)` of the log-probs of the targets. Its parts
 add up over micro-batches, except those named `max_...`, which combine by the maximum.
+
+What is not trained (`training.trainable`) passes through untouched: no gradient of it is taken, no moments exist.
 """
 
-import functools
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ import optax
 
 from kimi_jax.arrays import TrainState
 from kimi_jax.models.policy import Policy
+from kimi_jax.training import trainable
 
 LossFn = Callable[[jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -41,28 +44,28 @@ class Stepper:
         clip_norm: float,
         logits_chunk: int,
         moments_sharding: Callable[[Any], Any] = lambda tree: None,
+        trained: Sequence[str] = (".*",),
     ):
-        """moments_sharding: from a tree that is laid out like the parameters (gradients, moments) to its shardings."""
+        """moments_sharding: from a tree that is laid out like the parameters (gradients, moments) to its shardings.
+        trained: patterns over the paths of the parameters to train; a ValueError when first used if one matches none.
+        """
         self.policy, self.loss_fn, self.optimizer, self.schedule = policy, loss_fn, optimizer, schedule
         self.clip_norm, self.logits_chunk, self.moments_sharding = clip_norm, logits_chunk, moments_sharding
+        self.trained = trained
+        self.init_optimizer = jax.jit(self._init_optimizer)
         self.score = jax.jit(self._score)
         self.zeros = jax.jit(self._zeros)
         self.accumulate = jax.jit(self._accumulate, donate_argnums=0)
         self.apply = jax.jit(self._apply, donate_argnums=0)
 
-    @functools.cached_property
-    def _init_optimizer(self):
-        shapes = jax.eval_shape(self.optimizer.init, jax.eval_shape(self.policy.init, jax.random.key(0)))
-        return jax.jit(self.optimizer.init, out_shardings=self.moments_sharding(shapes))
-
-    def init_optimizer(self, params) -> Any:
+    def _init_optimizer(self, params) -> Any:
         """Fresh moments, laid out like the parameters."""
-        return self._init_optimizer(params)
+        return self._placed(self.optimizer.init(self._split(params)[0]))
 
     def _zeros(self, params, batch, hyper) -> dict:
         """An empty accumulator."""
         _, parts = jax.eval_shape(self._loss, params, batch, hyper)
-        like = {"grads": params, "parts": parts}
+        like = {"grads": self._split(params)[0], "parts": parts}
         return self._placed(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
 
     def _logprobs(self, params, rows, temperature):
@@ -79,7 +82,9 @@ class Stepper:
         return loss, parts | {"loss": loss, "entropy": entropy}
 
     def _accumulate(self, acc, params, batch, hyper):
-        grads, parts = jax.grad(self._loss, has_aux=True)(params, batch, hyper)
+        trained, frozen = self._split(params)
+        loss = lambda trained: self._loss(trainable.join(trained, frozen), batch, hyper)  # noqa: E731
+        grads, parts = jax.grad(loss, has_aux=True)(trained)
         combine = lambda name: jnp.maximum if name.startswith("max_") else jnp.add  # noqa: E731
         acc = {
             "grads": jax.tree.map(jnp.add, acc["grads"], grads),
@@ -89,14 +94,17 @@ class Stepper:
 
     def _apply(self, state: TrainState, acc) -> tuple[TrainState, dict[str, jax.Array]]:
         """One step of the optimizer; leaves the state untouched when a gradient or a part of the loss is not finite."""
+        trained, frozen = self._split(state.params)
         norm = optax.tree.norm(acc["grads"])
         finite = jnp.all(jnp.isfinite(jnp.stack([norm, *acc["parts"].values()])))
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, self.clip_norm / (norm + 1e-12)), acc["grads"])
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, trained)
         rate = self.schedule(state.step)
         updates = jax.tree.map(lambda u: -rate * u, updates)
-        proposed = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
-        state = self._placed(jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state))
+        current = dataclasses.replace(state, params=trained)
+        proposed = TrainState(optax.apply_updates(trained, updates), opt_state, state.step + 1)
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, current)
+        state = self._placed(dataclasses.replace(state, params=trainable.join(state.params, frozen)))
         metrics = {
             **acc["parts"],
             "grad_norm": norm,
@@ -105,6 +113,9 @@ class Stepper:
             "finite": finite.astype(jnp.float32),
         }
         return state, metrics
+
+    def _split(self, params):
+        return trainable.split(params, self.trained)
 
     def _placed(self, tree):
         """Within jit: the layout of the result is ours, not the compiler's choice, so what reads it compiles once."""

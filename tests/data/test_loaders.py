@@ -19,7 +19,7 @@ def make_examples(count):
         tokens = np.full(rng.integers(3, 14), 100 + index, np.int32)
         images = ()
         if index % 3 == 0:
-            images = (ImagePatches(np.full((1, 3), index, np.float32), np.zeros((1, 2), np.int32), 1),)
+            images = (ImagePatches(np.full((1, 3), index, np.float32), np.zeros((1, 2), np.int32), 1, (1, 1)),)
             tokens[0] = LAYOUT["image_id"]
         examples.append(Example(tokens, np.arange(len(tokens)) > 1, images))
     return examples

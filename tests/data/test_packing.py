@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from kimi_jax.arrays import PackedRows
-from kimi_jax.data.packing import pack_rows, plan_rows
+from kimi_jax.data.packing import pack_rows, plan_rows, rope_offset, rope_positions
 from kimi_jax.types import Example, ImagePatches
 
 IMAGE_ID, PATCH_DIM = 5, 7
@@ -11,7 +11,9 @@ IMAGE_ID, PATCH_DIM = 5, 7
 def random_image(rng, num_tokens, merge):
     shape = (num_tokens * merge**2,)
     patches = rng.normal(size=shape + (PATCH_DIM,)).astype(np.float32)
-    return ImagePatches(patches, rng.integers(0, 97, shape + (2,), dtype=np.int32), num_tokens)
+    return ImagePatches(
+        patches, rng.integers(0, 97, shape + (2,), dtype=np.int32), num_tokens, (merge, num_tokens * merge)
+    )
 
 
 def random_example(rng, length, images=()):
@@ -63,7 +65,7 @@ def test_plan_equals_first_fit_by_hand(seed, merge):
 def test_a_shared_image_takes_room_once():
     rng = np.random.default_rng(0)
     image = random_image(rng, 3, 1)
-    twin = ImagePatches(image.patches, image.positions, image.num_tokens)  # equal, but another object
+    twin = ImagePatches(image.patches, image.positions, image.num_tokens, image.grid)  # equal, but another object
     same = [random_example(rng, 2, [image]), random_example(rng, 2, [image]), random_example(rng, 2, [image, image])]
     assert plan_rows(same, row_tokens=101, row_patches=3) == [[0, 1, 2]]
     assert plan_rows([same[0], random_example(rng, 2, [twin])], row_tokens=101, row_patches=3) == [[0], [1]]
@@ -182,3 +184,56 @@ def test_rows_that_cannot_be_packed_are_refused():
         pack_rows([example], [[0]], **limits | {"row_patches": 6, "merge": 2})
     with pytest.raises(ValueError, match="token 0 of example 0 is marked as trained"):
         pack_rows([first_trained], [[0]], **limits)
+
+
+def cut(rows, columns, merge, *, windows=None, order=None):
+    """An image of rows x columns tokens; its patches know their places."""
+    grid = (rows * merge, columns * merge)
+    patches = np.zeros((np.prod(grid), PATCH_DIM), np.float32)
+    positions = np.indices(grid, dtype=np.int32).reshape(2, -1).T
+    return ImagePatches(patches, positions, rows * columns, grid, windows, order)
+
+
+def test_rope_positions_step_by_step():
+    images = [cut(2, 3, 2), cut(5, 1, 2), cut(1, 7, 2)]
+    layout = [(None, 3), (0, 6), (None, 2), (1, 5), (2, 7), (None, 11)]  # (image, tokens): two of them touch
+    is_image, expected, at = [], [], 0
+    for image, count in layout:
+        is_image += [image is not None] * count
+        if image is None:
+            expected += [[at + i] * 3 for i in range(count)]
+            at += count
+        else:
+            rows, columns = (side // 2 for side in images[image].grid)
+            expected += [[at, at + row, at + column] for row in range(rows) for column in range(columns)]
+            at += max(rows, columns)
+    np.testing.assert_array_equal(rope_positions(np.array(is_image), images, merge=2), expected)
+    assert len(is_image) - 1 + rope_offset(images, merge=2) == expected[-1][0]
+    np.testing.assert_array_equal(rope_positions(np.zeros(5, bool), [], merge=2), np.arange(5)[:, None].repeat(3, 1))
+
+
+def test_arrays_that_only_some_models_read():
+    window = np.repeat([0, 0, 1, 1, 2, 3], 4).astype(np.int32)  # 2 x 3 tokens, in an order of their own
+    windowed = cut(2, 3, 2, windows=window, order=np.array([0, 2, 4, 1, 3, 5]))
+    other = cut(1, 2, 2, windows=np.zeros(8, np.int32), order=np.arange(2))
+    examples = []
+    for images in ([windowed], [other, windowed]):
+        tokens = np.concatenate([[7], *[np.full(image.num_tokens, IMAGE_ID) for image in images], [8, 9]])
+        examples.append(Example(tokens.astype(np.int32), tokens == 9, tuple(images)))
+    limits = dict(num_rows=2, row_tokens=23, row_patches=40, patch_dim=PATCH_DIM, merge=2, image_id=IMAGE_ID)
+    rows, _ = pack_rows(examples, [[0, 1]], **limits, extras=("rope_positions", "patch_windows", "patch_grids"))
+    np.testing.assert_array_equal(rows.patch_windows[0], [*window + 1, *[5] * 8, *[0] * 8])
+    np.testing.assert_array_equal(rows.patch_grids[0], [[4, 6]] * 24 + [[2, 4]] * 8 + [[0, 0]] * 8)
+    own = [0, 2, 4, 1, 3, 5]
+    expected = [-1, *own, -1, -1, -1, 6, 7, *own, -1, -1]
+    np.testing.assert_array_equal(rows.image_index[0], expected + [-1] * (23 - len(expected)))
+    for start, example in ((0, examples[0]), (9, examples[1])):  # each sequence begins anew
+        here = slice(start, start + len(example.tokens))
+        wanted = rope_positions(example.tokens == IMAGE_ID, example.images, merge=2)
+        np.testing.assert_array_equal(rows.rope_positions[0, here], wanted)
+    assert not rows.rope_positions[1].any() and not rows.patch_windows[1].any()
+    plain, _ = pack_rows(examples, [[0, 1]], **limits)
+    assert plain.rope_positions is plain.patch_windows is plain.patch_grids is None
+    whole = Example(examples[0].tokens, examples[0].trained, (cut(2, 3, 2),))
+    with pytest.raises(ValueError, match="attends within windows, and an image has none"):
+        pack_rows([whole], [[0]], **limits, extras=("patch_windows",))

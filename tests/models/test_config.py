@@ -8,7 +8,14 @@ from kimi_jax.models.config import NAMED_SIZES, VisionConfig, named_size
 from kimi_jax.models.policy import Policy
 from tests.helpers import CONFIG, VISION
 
-PUBLISHED = {"qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304, "qwen2.5-7b": 7_615_616_512}
+PUBLISHED = {
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-vl-3b": 3_754_622_976,
+    "qwen2.5-vl-7b": 8_292_166_656,
+    "qwen3-vl-2b": 2_127_532_032,
+}
 
 
 def num_parameters(config):
@@ -18,7 +25,7 @@ def num_parameters(config):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_named_sizes_have_as_many_parameters_as_the_published_models(name):
-    assert num_parameters(named_size(name)) == {"decoder": PUBLISHED[name]}
+    assert sum(num_parameters(named_size(name)).values()) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("scalar_head", [False, True])
@@ -66,3 +73,26 @@ def test_shapes_that_cannot_work_are_refused(changes, message):
 def test_configs_are_hashable_and_equal_by_value():
     assert hash(Policy(CONFIG)) == hash(Policy(dataclasses.replace(CONFIG)))
     assert Policy(CONFIG) == Policy(dataclasses.replace(CONFIG, vision=VisionConfig(**dataclasses.asdict(VISION))))
+
+
+def test_which_coordinate_turns_which_pair():
+    shape = dataclasses.replace(CONFIG, head_dim=18, mrope_sections=(3, 2, 4))
+    assert shape.mrope_axes == (0, 0, 0, 1, 1, 2, 2, 2, 2)
+    shape = dataclasses.replace(CONFIG, head_dim=18, mrope_sections=(4, 3, 2), mrope_interleaved=True)
+    assert shape.mrope_axes == (0, 1, 2, 0, 1, 2, 0, 1, 0)
+    assert set(CONFIG.mrope_axes) == {0} and not CONFIG.extras
+    with pytest.raises(ValueError, match="must add up to 9"):
+        dataclasses.replace(CONFIG, head_dim=18, mrope_sections=(4, 3, 3))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"norm": "batch"}, "vision norm='batch' is not one of rms, layer"),
+        ({"full_layers": (2,)}, r"full_layers=\(2,\) must be ascending layers of 0..1"),
+        ({"deepstack_layers": (1, 0)}, r"deepstack_layers=\(1, 0\) must be ascending"),
+    ],
+)
+def test_towers_that_cannot_be(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(VISION, **change)

@@ -9,6 +9,7 @@ import pytest
 
 from kimi_jax.models import attention, flash
 from kimi_jax.models.attention import attend_packed
+from kimi_jax.models.flash import attend_rows
 from kimi_jax.training.sharding import make_mesh
 
 
@@ -117,7 +118,12 @@ def test_choice_of_implementation():
     assert attention.paged_kernel("flash", 64) == "gpu"
 
 
-def test_a_head_width_that_the_kernels_do_not_take():
-    q, k, v, _ = _inputs(ALONE, 2, 1, 24)
-    with pytest.raises(ValueError, match="power of 2 from 16 on, not 384 tokens and a width of 24"):
-        attend_packed(q, k, v, ALONE, causal=True, implementation="flash_interpret")
+@pytest.mark.parametrize("causal", [True, False])
+def test_head_widths_between_powers_of_2(causal):
+    _agree(MIXED[1:2], 2, 1, 20, causal=causal)
+
+
+def test_rows_that_the_kernels_do_not_take():
+    q, k, v, _ = _inputs(ALONE, 2, 1, 16)
+    with pytest.raises(ValueError, match="a multiple of 128 tokens, not 259"):
+        attend_rows(q, k, v, ALONE, causal=True, interpret=True)

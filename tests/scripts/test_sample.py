@@ -75,7 +75,8 @@ def expected(workdir, params, prompt, images, *, max_tokens=29, **settings):
         encode_prompt(text, shown, tokenizer=tokenizer, patch_size=vision.patch_size, merge=vision.merge_size)
         for text, shown in ((prompt, images), ("another", []))
     ]
-    engine = setup.make_engine(config, one_device(), policy, tokenizer, rows=2, max_tokens=29, prompt_tokens=67)
+    chat = setup.native_chat(tokenizer, policy.config)
+    engine = setup.make_engine(config, one_device(), policy, chat, rows=2, max_tokens=29, prompt_tokens=67)
     params = make_handover(policy, one_device(), dtype="float32")(params, None)
     settings = SamplingSettings.of(end_ids=[tokenizer.end_id], **{"temperature": 1.0} | settings)
     groups = engine.generate(

@@ -151,7 +151,7 @@ def test_a_checkpoint_of_another_shape(tmp_path, monkeypatch):
     config = miniature.get_config()
     pipeline.prepare_workdir(config, tmp_path)
     here = setup.build(config, tmp_path)
-    like = setup.params_like(here.policy, here.mesh)
+    like = setup.params_like(here.config, here.policy, here.mesh)
     params = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), like)
     state = here.new_state(params, here.stepper(supervised.loss_fn, config.sft.optimizer, 12).init_optimizer(params))
     with Checkpointer(tmp_path / "checkpoints/sft", keep_last=1, keep_best=0, best_metric=None) as checkpoints:
@@ -178,7 +178,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_is_good
             rl.train(dataclasses.replace(here, config=config), jax.tree.map(jnp.copy, first), stop)
 
     def checkpoint():
-        like = {"state": {"params": setup.params_like(here.policy, here.mesh)}}
+        like = {"state": {"params": setup.params_like(here.config, here.policy, here.mesh)}}
         with Checkpointer.reader(tmp_path / "checkpoints/rl") as checkpoints:
             step, arrays, _ = checkpoints.restore(like, partial=True)
         return step, jax.device_get(arrays)
