@@ -47,7 +47,7 @@ def get_config():
         config.rl.segment_tokens = 32_768
         config.rl.temperature = 0.02
         config.rl.checkpoint_every = 1
-        config.rl.verifier.deadline_s = 60.0
+        config.rewards.deadline_s = 60.0
 
         config.sampling.rows = 16
         config.sampling.prompt_tokens = 1_024

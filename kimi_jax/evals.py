@@ -1,15 +1,15 @@
 """Evaluation: accuracy and length on held-out problems, sampled and greedy."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from kimi_jax.sampling.engine import Engine
 from kimi_jax.sampling.logits import SamplingSettings
-from kimi_jax.tasks import verify
-from kimi_jax.types import Outcome, Problem, Prompt, RolloutGroup
+from kimi_jax.types import Outcome, Problem, Prompt, RolloutGroup, Verdict
+
+Judge = Callable[[Sequence[tuple[Problem, str]]], list[Verdict]]  # of responses, each with its problem
 
 
 def sample_groups(
@@ -21,6 +21,7 @@ def sample_groups(
     k: int,
     settings: SamplingSettings,
     key: jax.Array,
+    judge: Judge,
     first_serial: int = 0,
     policy_version: int = 0,
 ) -> list[RolloutGroup]:
@@ -28,13 +29,9 @@ def sample_groups(
     rollouts = engine.generate(
         params, prompts, k=k, first_serial=first_serial, run_key=key, settings=settings, policy_version=policy_version
     )
-    groups = [RolloutGroup(*parts) for parts in zip(problems, prompts, rollouts, strict=True)]
-    return [judge(group) for group in groups]
-
-
-def judge(group: RolloutGroup) -> RolloutGroup:
-    """The group with a verdict on each response."""
-    return dataclasses.replace(group, verdicts=tuple(verify(group.problem, rollout.text) for rollout in group.rollouts))
+    verdicts = judge([(problem, r.text) for problem, own in zip(problems, rollouts, strict=True) for r in own])
+    groups = zip(problems, prompts, rollouts, strict=True)
+    return [RolloutGroup(*parts, tuple(verdicts[i * k : (i + 1) * k])) for i, parts in enumerate(groups)]
 
 
 def accuracy(groups: Sequence[RolloutGroup]) -> float:
@@ -57,6 +54,7 @@ def evaluate(
     kinds: Sequence[str],
     end_ids: Sequence[int],
     key: jax.Array,
+    judge: Judge,
 ) -> dict[str, dict[str, float]]:
     """Per kind of problem: {"accuracy": pass@1 at temperature 1, "greedy_accuracy", "mean_tokens" (sampled), "n"}."""
     sample = lambda temperature: sample_groups(  # noqa: E731
@@ -67,6 +65,7 @@ def evaluate(
         k=1,
         settings=SamplingSettings.of(temperature=temperature, end_ids=end_ids),
         key=key,
+        judge=judge,
     )
     sampled, greedy = sample(1.0), sample(0.0)
     results = {}

@@ -31,6 +31,10 @@ class Problem:
     images: tuple[np.ndarray, ...] = ()  # each uint8 [height, width, 3]
     solution: str = ""  # a worked chain of thought that ends with the answer; "" where none is known
 
+    @property
+    def kind(self) -> str:
+        return "image" if self.images else "text"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImagePatches:
@@ -87,6 +91,7 @@ class Outcome(enum.StrEnum):
 class Verdict:
     outcome: Outcome
     detail: str = ""  # the extracted answer, or why there is none
+    well_formed: bool = True  # false: the response has no answer that could be judged, or several
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

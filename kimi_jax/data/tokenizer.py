@@ -97,7 +97,7 @@ class Tokenizer:
                 bos_id=-1,
                 eos_id=-1,
                 control_symbols=[END, USER, ASSISTANT, IMAGE],
-                max_sentence_length=longest + 1,  # texts above it would be left out in silence
+                max_sentence_length=max(longest + 1, 10),  # texts above it would be left out in silence
                 num_threads=1,
                 minloglevel=2,
             )

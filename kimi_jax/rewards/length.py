@@ -1,10 +1,6 @@
 """The length reward: among the responses to one problem, short ones that are right beat long ones (k1.5 §2.3.3)."""
 
-from collections.abc import Sequence
-
 import numpy as np
-
-from kimi_jax.types import Outcome, Verdict
 
 
 def length_reward(correct: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -36,32 +32,6 @@ def length_reward(correct: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         return np.zeros(lengths.shape)
     lam = 0.5 - (lengths - lengths.min()) / (lengths.max() - lengths.min())
     return np.where(correct, lam, np.minimum(0.0, lam))
-
-
-def shaped_rewards(
-    verdicts: Sequence[Verdict], lengths: Sequence[int], *, length_weight: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Correctness in {0, 1} plus the weighted length reward, for the k responses to one problem.
-
-    An ungradable response says nothing: it gets nan, so that using it by mistake shows, and has no part in the lengths
-    that the others are compared with.
-
-    Returns:
-        The rewards, float64 [k], and which of them are gradable, bool [k].
-
-    Raises:
-        ValueError: if there are not as many lengths as verdicts.
-    """
-    if len(verdicts) != len(lengths):
-        raise ValueError(
-            f"shaped_rewards() takes one length per verdict; got {len(lengths)} lengths for {len(verdicts)} verdicts."
-        )
-    correct = np.array([v.outcome == Outcome.CORRECT for v in verdicts], bool)
-    gradable = np.array([v.outcome != Outcome.UNGRADABLE for v in verdicts], bool)
-    rewards = np.full(len(verdicts), np.nan)
-    by_length = length_reward(correct[gradable], np.asarray(lengths)[gradable])
-    rewards[gradable] = correct[gradable] + length_weight * by_length
-    return rewards, gradable
 
 
 def length_weight(iteration: int, *, weight: float, warmup_iterations: int) -> float:

@@ -13,7 +13,7 @@ from kimi_jax.types import OpenGroup, OpenResponse, Outcome, StopReason, Verdict
 _STOPS = (None, *StopReason)
 _OUTCOMES = (None, *Outcome)
 _PER_TOKEN = {"tokens": np.int32, "logprobs": np.float32, "versions": np.int32}
-_PER_RESPONSE = {"serial": np.int64, "length": np.int64, "stop": np.int8, "outcome": np.int8}
+_PER_RESPONSE = {"serial": np.int64, "length": np.int64, "stop": np.int8, "outcome": np.int8, "formed": np.int8}
 _PER_GROUP = {"problem": np.int64, "born": np.int64, "members": np.int64}
 
 
@@ -41,6 +41,7 @@ class ReplayBuffer:
             "length": [len(response) for response in responses],
             "stop": [_STOPS.index(response.stop) for response in responses],
             "outcome": [_OUTCOMES.index(outcome) for outcome in outcomes],
+            "formed": [response.verdict is None or response.verdict.well_formed for response in responses],
             "problem": [group.problem for group in self.groups],
             "born": [group.born for group in self.groups],
             "members": [len(group.responses) for group in self.groups],
@@ -62,7 +63,7 @@ class ReplayBuffer:
         return {name: np.zeros(sizes[kind], dtype) for kind, names in kinds for name, dtype in names.items()}
 
     def restore(self, state: Mapping[str, np.ndarray], *, problems: int) -> None:
-        """Takes over what `state` returned. Reasons of verdicts are not kept, only their outcomes.
+        """Takes over what `state` returned. Reasons of verdicts are not kept.
 
         Raises ValueError when the arrays contradict each other, or name problems beyond the `problems` there are; the
         buffer is unchanged then.
@@ -92,7 +93,7 @@ class ReplayBuffer:
         for r, (end, length) in enumerate(zip(ends, lengths, strict=True)):
             tokens, logprobs, versions = (state[name][end - length : end].copy() for name in _PER_TOKEN)
             outcome = _OUTCOMES[state["outcome"][r]]
-            verdict = Verdict(outcome) if outcome else None
+            verdict = Verdict(outcome, well_formed=bool(state["formed"][r])) if outcome else None
             stop = _STOPS[state["stop"][r]]
             responses.append(OpenResponse(int(state["serial"][r]), tokens, logprobs, versions, stop, verdict))
         groups, begin = [], 0

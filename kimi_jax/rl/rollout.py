@@ -129,11 +129,12 @@ def _verdicts(tickets: Sequence[Future[Verdict]]) -> list[Verdict]:
     """All processes judge, and the first one decides: a deadline may be missed in one and not in another."""
     verdicts = [ticket.result() for ticket in tickets]
     outcomes = list(Outcome)
-    codes = distributed.agreed(np.array([outcomes.index(verdict.outcome) for verdict in verdicts], np.int32))
-    return [
-        verdict if verdict.outcome == outcomes[code] else Verdict(outcomes[code], "as judged by process 0")
-        for verdict, code in zip(verdicts, codes, strict=True)
+    mine = np.array([(outcomes.index(v.outcome), v.well_formed) for v in verdicts], np.int32).reshape(-1, 2)
+    agreed = [
+        Verdict(outcomes[code], "as judged by process 0", bool(formed)) for code, formed in distributed.agreed(mine)
     ]
+    same = lambda a, b: (a.outcome, a.well_formed) == (b.outcome, b.well_formed)  # noqa: E731
+    return [own if same(own, other) else other for own, other in zip(verdicts, agreed, strict=True)]
 
 
 def _extend(response: OpenResponse, segment: Segment, iteration: int, max_tokens: int) -> None:

@@ -1,6 +1,10 @@
 """The tasks by name, and the one entry point for verdicts."""
 
 import difflib
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from kimi_jax.tasks.base import Task
 from kimi_jax.tasks.math import CHAIN, COUNTDOWN_TASKS
@@ -18,9 +22,32 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-def verify(problem: Problem, text: str) -> Verdict:
-    """The verdict of the problem's task. A verifier that fails gives UNGRADABLE, with the reason."""
+def verify(problem: Problem, text: str, own: Mapping[str, str] = MappingProxyType({})) -> Verdict:
+    """The verdict of the problem's task. A verifier that fails gives UNGRADABLE, with the reason.
+
+    own: verifiers of the user by name of the task, "module:function", which go before those of the tasks here.
+    """
     try:
-        return get_task(problem.task).verify(problem, text)
+        judge = find_verifier(own[problem.task]) if problem.task in own else get_task(problem.task).verify
+        verdict = judge(problem, text)
+        if not isinstance(verdict, Verdict):
+            raise TypeError(f"the verifier returned {verdict!r:.80}, not a Verdict")
+        return verdict
     except Exception as error:  # a broken verifier or problem must neither stop a run nor pass for a wrong answer
         return Verdict(Outcome.UNGRADABLE, f"{type(error).__name__}: {error}")
+
+
+@functools.cache
+def find_verifier(name: str) -> Callable[[Problem, str], Verdict]:
+    """The function "module:function". Raises ValueError that says what is wrong with the name."""
+    module, colon, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"there is no verifier {name!r} ({error}): give 'module:function' of a module that Python finds from where "
+            "the run is started, or on PYTHONPATH"
+        ) from error
+    if not colon or not callable(found):
+        raise ValueError(f"{name!r} is no function: give 'module:function', called with (problem, text)")
+    return found

@@ -121,7 +121,7 @@ def verify_exact(problem: Problem, text: str) -> Verdict:
     """Correct if and only if the response has exactly one "Answer:", followed by the reference answer."""
     answer, why = final_answer(text)
     if answer is None:
-        return Verdict(Outcome.WRONG, why)
+        return Verdict(Outcome.WRONG, why, well_formed=False)
     correct = normalize_answer(answer) == normalize_answer(problem.answer)
     return Verdict(Outcome.CORRECT if correct else Outcome.WRONG, answer)
 

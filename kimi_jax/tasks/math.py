@@ -181,7 +181,7 @@ def verify_countdown(problem: Problem, text: str) -> Verdict:
     numbers, target = parse_expression(problem.answer)
     answer, why = final_answer(text)
     if answer is None:
-        return Verdict(Outcome.WRONG, why)
+        return Verdict(Outcome.WRONG, why, well_formed=False)
     try:
         used, value = parse_expression(answer)
     except ValueError as error:

@@ -44,6 +44,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict()
     config.data.text_tasks = ("chain",)  # names in tasks.TASKS
     config.data.image_tasks = ("text_image", "scene_count", "scene_compare", "scene_locate", "bar_chart")
+    # Instead of tasks: your own problems, one JSON record per line (tasks.base.problem_from_record).
+    config.data.train_file = config_dict.placeholder(str)
+    config.data.heldout_file = config_dict.placeholder(str)
     config.data.train_per_kind = 8_000  # problems of each kind (text, image), shared out evenly among its tasks
     config.data.heldout_per_kind = 1_000
 
@@ -69,16 +72,10 @@ def default_config() -> ml_collections.ConfigDict:
     config.rl.max_segment_lag = config_dict.placeholder(int)  # older tokens carry no loss; None: all do
     config.rl.max_age = config_dict.placeholder(int)  # iterations after which an open response is cut; None: never
     config.rl.oversubscribe = 0.0  # problems ahead, per problem of an iteration, which then ends with enough groups
-    config.rl.verifier = ml_collections.ConfigDict()
-    config.rl.verifier.workers = 2  # processes that judge responses; 0: in this one
-    config.rl.verifier.deadline_s = 10.0  # for one response; then it is ungradable
     config.rl.form = "sequence"  # or length_normalized, token: losses.mirror_descent
     config.rl.baseline = "mean"  # or log_z
     config.rl.reset_optimizer = True  # fresh moments each iteration (k1.5 §2.3.2)
     config.rl.permute_advantages = False  # control: shuffles the advantages within each group, so learning must vanish
-    config.rl.length_weight = 0.0  # of the length reward
-    config.rl.length_warmup = 20  # iterations before the length reward starts
-    config.rl.repetition_penalty = 0.0  # taken off the reward of a response that was stopped for repeating itself
     config.rl.curriculum = "uniform"  # or hard_after: rl.prompts
     config.rl.curriculum_iterations = 20
     config.rl.hard_difficulty = 3
@@ -90,6 +87,18 @@ def default_config() -> ml_collections.ConfigDict:
     config.rl.checkpoint_every = 10  # iterations
     config.rl.keep_last = 2
     config.rl.keep_best = 1
+
+    config.rewards = ml_collections.ConfigDict()
+    config.rewards.workers = 2  # processes that judge responses; 0: in this one
+    config.rewards.deadline_s = 10.0  # for one response; then it is ungradable
+    config.rewards.verifiers = ()  # of your own, "task=module:function": kimi_jax.tasks.verify
+    config.rewards.weights = ml_collections.ConfigDict()  # of rewards.components, added to 1 for being right
+    config.rewards.weights.length = 0.0
+    config.rewards.weights.repetition = 0.0
+    config.rewards.weights.format = 0.0
+    config.rewards.length_warmup = 20  # iterations before the length reward starts
+    config.rewards.alarm = 0.05  # share of ungradable responses from which a jump is reported
+    config.rewards.audit = True  # write every verdict to verdicts.jsonl
 
     for stage, peak, end, kind in ((config.sft, 2e-3, 2e-4, "cosine"), (config.rl, 3e-4, 3e-4, "constant")):
         stage.optimizer = ml_collections.ConfigDict()
@@ -140,8 +149,11 @@ _AT_LEAST = {
     "rl.max_segment_lag": 0,
     "rl.max_age": 0,
     "rl.oversubscribe": 0,
-    "rl.verifier.workers": 0,
-    "rl.repetition_penalty": 0,
+    "rewards.workers": 0,
+    "rewards.alarm": 0,
+    "rewards.weights.length": 0,
+    "rewards.weights.repetition": 0,
+    "rewards.weights.format": 0,
     "rows.tokens": 1,
     "sampling.rows": 1,
     "sampling.prompt_tokens": 1,
@@ -178,8 +190,9 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"config.rl.responses={config.rl.responses}: a group needs at least 2 responses to be compared."
         )
-    if config.rl.verifier.deadline_s <= 0:
-        raise ValueError(f"config.rl.verifier.deadline_s={config.rl.verifier.deadline_s} must be positive.")
+    if config.rewards.deadline_s <= 0:
+        raise ValueError(f"config.rewards.deadline_s={config.rewards.deadline_s} must be positive.")
+    _check_sources(config.data)
     if config.rl.tau <= 0 or config.rl.temperature <= 0:
         raise ValueError(
             f"config.rl.tau={config.rl.tau} and config.rl.temperature={config.rl.temperature} must be positive."
@@ -197,7 +210,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         )
     drawn = config.rl.problems + round(config.rl.oversubscribe * config.rl.problems)
     problems = config.data.train_per_kind * (bool(config.data.text_tasks) + bool(config.data.image_tasks))
-    if drawn > problems:
+    if drawn > problems and not config.data.train_file:  # of a file the loop over its problems says it
         raise ValueError(
             f"config.rl.problems={config.rl.problems} with rl.oversubscribe={config.rl.oversubscribe} begins with "
             f"{drawn} problems, but there are {problems}. Raise config.data.train_per_kind or lower one of the two."
@@ -209,6 +222,21 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"patches cannot hold the longest response: sampling.prompt_tokens + max_tokens = {longest}, "
             f"sampling.prompt_patches = {config.sampling.prompt_patches}."
         )
+
+
+def _check_sources(data: ml_collections.ConfigDict) -> None:
+    if (data.train_file is None) != (data.heldout_file is None):
+        raise ValueError(
+            f"config.data.train_file={data.train_file!r} and config.data.heldout_file={data.heldout_file!r} belong "
+            "together: give both or neither. An empty file has no problems."
+        )
+    if data.train_file and (data.text_tasks or data.image_tasks):
+        raise ValueError(
+            f"config.data.train_file={data.train_file!r} takes the place of tasks: set config.data.text_tasks=() and "
+            "config.data.image_tasks=()."
+        )
+    if not (data.train_file or data.text_tasks or data.image_tasks):
+        raise ValueError("There are no problems: name config.data.text_tasks, image_tasks, or train_file.")
 
 
 def _check_trained(model: ml_collections.ConfigDict) -> None:

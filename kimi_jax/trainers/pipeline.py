@@ -22,7 +22,6 @@ import ml_collections
 
 from kimi_jax import evals, report
 from kimi_jax.sampling.logits import SamplingSettings
-from kimi_jax.tasks import get_task
 from kimi_jax.trainers import config as config_lib
 from kimi_jax.trainers import rl, supervised
 from kimi_jax.trainers.interrupt import StopRequest
@@ -114,15 +113,16 @@ def full_evaluation(setup: Setup, params: dict) -> dict:
         setup.to_rollout(params, None),
         setup.heldout,
         list(setup.prompts(setup.heldout)),
-        kinds=[get_task(problem.task).kind for problem in setup.heldout],
+        kinds=[problem.kind for problem in setup.heldout],
         end_ids=setup.chat.end_ids,
         key=setup.key(EVALUATION),
+        judge=setup.judge,
     )
 
 
 def report_groups(setup: Setup, params: dict) -> list[RolloutGroup]:
     """Responses to the same few held-out problems, for a person to read."""
-    count = setup.config.eval.report_groups * len({get_task(problem.task).kind for problem in setup.heldout})
+    count = setup.config.eval.report_groups * len({problem.kind for problem in setup.heldout})
     problems = setup.heldout[:count]
     return evals.sample_groups(
         setup.engine,
@@ -132,6 +132,7 @@ def report_groups(setup: Setup, params: dict) -> list[RolloutGroup]:
         k=setup.config.rl.responses,
         settings=SamplingSettings.of(temperature=setup.config.rl.temperature, end_ids=setup.chat.end_ids),
         key=setup.key(REPORT),
+        judge=setup.judge,
     )
 
 

@@ -14,6 +14,7 @@ on Ï„; an iteration is split into several updates, because with one update the Ï
 import dataclasses
 import functools
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,9 @@ import numpy as np
 from kimi_jax import evals
 from kimi_jax.arrays import RLBatch, TrainState
 from kimi_jax.losses.mirror_descent import Baseline, baseline, surrogate_loss
-from kimi_jax.rewards.length import length_weight, shaped_rewards
+from kimi_jax.rewards import audit
+from kimi_jax.rewards.components import COMPONENTS, shaped_rewards
+from kimi_jax.rewards.length import length_weight
 from kimi_jax.rewards.pool import VerifierPool
 from kimi_jax.rl.batch import build_minibatches
 from kimi_jax.rl.prompts import PromptSampler
@@ -30,7 +33,6 @@ from kimi_jax.rl.replay_buffer import ReplayBuffer
 from kimi_jax.rl.rollout import collect
 from kimi_jax.sampling.handover import num_bytes
 from kimi_jax.sampling.logits import SamplingSettings
-from kimi_jax.tasks import get_task, verify
 from kimi_jax.trainers.interrupt import Interrupted, StopRequest
 from kimi_jax.trainers.setup import EVALUATION, ROLLOUT, Setup
 from kimi_jax.training.checkpoint import Checkpointer
@@ -51,14 +53,16 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
 
     Raises Interrupted, NonFiniteError.
     """
-    config = setup.config.rl
+    config, scoring = setup.config.rl, setup.config.rewards
     writer = MetricsWriter(setup.workdir / "metrics.jsonl")
+    verdicts = MetricsWriter(setup.workdir / "verdicts.jsonl")
+    alarm = audit.UngradableAlarm(scoring.alarm)
     stepper = setup.stepper(
         functools.partial(loss_fn, form=config.form), config.optimizer, total_steps=config.iterations * config.updates
     )
     settings = SamplingSettings.of(temperature=config.temperature, end_ids=setup.chat.end_ids)
     prompts = setup.prompts(setup.train)
-    kinds = sorted({get_task(problem.task).kind for problem in setup.train})
+    kinds = sorted({problem.kind for problem in setup.train})
     prompt_sampler = PromptSampler(
         np.array([problem.difficulty for problem in setup.train]),
         seed=setup.config.seed,
@@ -75,7 +79,7 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
     buffer = ReplayBuffer()
     rollout_params = None
     with (
-        VerifierPool(verify, workers=config.verifier.workers, deadline_s=config.verifier.deadline_s) as verifiers,
+        VerifierPool(setup.verify, workers=scoring.workers, deadline_s=scoring.deadline_s) as verifiers,
         Checkpointer(
             setup.workdir / "checkpoints" / "rl",
             keep_last=config.keep_last,
@@ -99,6 +103,7 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
         else:
             state = setup.new_state(params, None if config.reset_optimizer else stepper.init_optimizer(params))
         writer.cut_back(start)
+        verdicts.cut_back(start)
 
         watch = Stopwatch()
         missed_deadlines = 0  # in earlier iterations
@@ -136,12 +141,14 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
                 outcomes = [verdict.outcome for verdict in group.verdicts]
                 gradable = len(outcomes) - outcomes.count(Outcome.UNGRADABLE)
                 prompt_sampler.update(i, outcomes.count(Outcome.CORRECT), gradable)
-            weight = length_weight(iteration, weight=config.length_weight, warmup_iterations=config.length_warmup)
-            rewards = [
-                shaped_rewards(g.verdicts, [len(r) for r in g.rollouts], length_weight=weight)[0]
-                - config.repetition_penalty * np.array([r.stop == StopReason.REPETITION for r in g.rollouts])
-                for g in groups
-            ]
+            weights = dict(scoring.weights)
+            weights["length"] = length_weight(
+                iteration, weight=scoring.weights.length, warmup_iterations=scoring.length_warmup
+            )
+            shaped = [shaped_rewards(group, weights) for group in groups]
+            rewards, components = [total for total, _ in shaped], [parts for _, parts in shaped]
+            if warning := alarm.rings(groups):
+                bar.write(f"RL iteration {iteration + 1}: {warning}", file=sys.stderr)
             advantages = [_advantages(r, kind=config.baseline, tau=config.tau) for r in rewards]
             if config.permute_advantages:
                 rng = np.random.default_rng((setup.config.seed, iteration, 1))  # 1: not the stream of the draws
@@ -165,10 +172,11 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
             # --- metrics, checkpoint
             for update in updates:
                 check_finite(update, f"RL iteration {iteration + 1}")
-            metrics = _metrics(groups, rewards, updates, oldest_version=oldest_version, kinds=kinds)
+            metrics = _metrics(groups, rewards, components, updates, oldest_version=oldest_version, kinds=kinds)
             metrics |= collected.metrics
             metrics |= {f"seconds_{phase}": s for phase, s in watch.pop().items()}
             metrics["handover_bytes"] = num_bytes(rollout_params)
+            metrics["ungradable_alarm"] = float(warning is not None)
             metrics["missed_deadlines"] = verifiers.missed_deadlines - missed_deadlines
             missed_deadlines = verifiers.missed_deadlines
             done = iteration + 1
@@ -176,6 +184,8 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
             stopping = stop.requested  # looked at once: a request that comes later waits for the next iteration
             if config.eval_every and (done % config.eval_every == 0 or last):
                 metrics |= _evaluate(setup, state.params)
+            if scoring.audit:
+                verdicts.write_all(done, audit.records(groups, rewards, components))
             writer.write(done, {"iteration": done} | metrics)
             bar.set_postfix(accuracy=f"{metrics['accuracy']:.2f}", tokens=f"{metrics['response_length']:.0f}")
             bar.update(1)
@@ -229,18 +239,22 @@ def _permuted(advantages: np.ndarray, rng) -> np.ndarray:
     return out
 
 
-def _metrics(groups, rewards, updates, *, oldest_version: int, kinds: list[str]) -> dict:
+def _metrics(groups, rewards, components, updates, *, oldest_version: int, kinds: list[str]) -> dict:
     """What an iteration was like. Means over responses unless the name says otherwise; nan without any."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     verdicts = [verdict.outcome for group in groups for verdict in group.verdicts]
     outcomes = [[verdict.outcome == Outcome.CORRECT for verdict in group.verdicts] for group in groups]
-    of_kind = lambda kind: [get_task(group.problem.task).kind == kind for group in groups]  # noqa: E731
+    of_kind = lambda kind: [group.problem.kind == kind for group in groups]  # noqa: E731
     masked = [rollout.versions < oldest_version for rollout in rollouts]
     total = lambda name: sum(float(update[name]) for update in updates)  # noqa: E731
     highest = lambda name: max((float(update[name]) for update in updates), default=0.0)  # noqa: E731
     tokens = max(total("tokens"), 1.0)
     return {
         "reward": _mean([r for group in rewards for r in group if np.isfinite(r)]),
+        **{
+            f"reward_{name}": _mean([r for parts in components for r in parts[name] if np.isfinite(r)])
+            for name in COMPONENTS
+        },
         "accuracy": _mean(sum(outcomes, [])),
         **{f"accuracy_{kind}": _mean(sum(itertools.compress(outcomes, of_kind(kind)), [])) for kind in kinds},
         "groups": len(groups),
@@ -274,7 +288,7 @@ def _mean(values) -> float:
 def _evaluate(setup: Setup, params) -> dict:
     """Sampled accuracy per kind on the first held-out problems."""
     problems = setup.heldout[: 2 * setup.config.rl.eval_problems]
-    kinds = [get_task(problem.task).kind for problem in problems]
+    kinds = [problem.kind for problem in problems]
     results = evals.evaluate(
         setup.engine,
         setup.to_rollout(params, None),
@@ -283,5 +297,6 @@ def _evaluate(setup: Setup, params) -> dict:
         kinds=kinds,
         end_ids=setup.chat.end_ids,
         key=setup.key(EVALUATION),
+        judge=setup.judge,
     )
     return {f"eval_{kind}_accuracy": result["accuracy"] for kind, result in results.items()}

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -20,14 +20,15 @@ from kimi_jax.data.tokenizer import Tokenizer
 from kimi_jax.models import attention, hf, lora
 from kimi_jax.models.config import ModelConfig, named_size
 from kimi_jax.models.policy import Policy
+from kimi_jax.rewards.pool import VerifierPool
 from kimi_jax.sampling.engine import Engine
 from kimi_jax.sampling.handover import make_handover
 from kimi_jax.sampling.repetition import RepetitionSettings
-from kimi_jax.tasks import get_task
-from kimi_jax.tasks.base import make_problems
+from kimi_jax.tasks import find_verifier, get_task, verify
+from kimi_jax.tasks.base import make_problems, read_problems
 from kimi_jax.training import distributed, optim, sharding, trainable
 from kimi_jax.training.step import LossFn, Stepper
-from kimi_jax.types import Problem
+from kimi_jax.types import Problem, Verdict
 
 # Independent streams of randomness under one seed.
 INIT, ROLLOUT, EVALUATION, REPORT = range(4)
@@ -86,6 +87,18 @@ class Setup:
     @property
     def params_like(self) -> dict:
         return params_like(self.config, self.policy, self.mesh)
+
+    @property
+    def verify(self) -> Callable[[Problem, str], Verdict]:
+        """The verifiers of the run, those of the user before those of the tasks."""
+        return verifier(self.config.rewards.verifiers)
+
+    def judge(self, responses: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        """Verdicts, for evaluations. The verifiers of the tasks are quick; others are kept at arm's length."""
+        options = self.config.rewards
+        workers = options.workers if options.verifiers else 0
+        with VerifierPool(self.verify, workers=workers, deadline_s=options.deadline_s) as pool:
+            return pool.verdicts([pool.submit(problem, text) for problem, text in responses])
 
     def put_rows(self, tree: Any) -> Any:
         return sharding.put_rows(self.mesh, tree)
@@ -217,7 +230,15 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
 
 
 def make_problem_sets(config: ml_collections.ConfigDict) -> tuple[list[Problem], list[Problem]]:
-    """(train, heldout), tasks taking turns so that any prefix is balanced."""
+    """(train, heldout), tasks taking turns so that any prefix is balanced; or the problems of files, in their order."""
+    if config.data.train_file:
+        train, heldout = read_problems(config.data.train_file), read_problems(config.data.heldout_file)
+        if len(train) < config.rl.problems or config.sft.steps and not any(problem.solution for problem in train):
+            raise ValueError(
+                f"{config.data.train_file} has {len(train)} problems; there must be config.rl.problems="
+                f"{config.rl.problems} at least, and some with a solution unless config.sft.steps=0."
+            )
+        return train, heldout
     sets = []
     for split, per_kind in (("train", config.data.train_per_kind), ("heldout", config.data.heldout_per_kind)):
         kinds = []
@@ -236,7 +257,11 @@ def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setup:
     mesh = sharding.make_mesh(**config.mesh)
     if config.model.path:  # what cannot work is refused before problems are made
         load_chat_format(hf_directory(config.model.path))
+    own = own_verifiers(config.rewards.verifiers)
     train, heldout = make_problem_sets(config)
+    for problem in (*train, *heldout):
+        if problem.task not in own:
+            get_task(problem.task)
     chat = make_chat(config, workdir, train)
     policy = make_policy(config, mesh, model_config(config, chat.tokenizer.vocab_size))
     params_like(config, policy, mesh)  # refuses now what could only fail after the data are prepared
@@ -253,6 +278,23 @@ def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setup:
         engine=engine,
         to_rollout=make_handover(policy, mesh, dtype=dtype),
     )
+
+
+def verifier(named: Sequence[str]) -> Callable[[Problem, str], Verdict]:
+    """Judges by the user's verifiers ("task=module:function") and else by those of the tasks; workers can import it."""
+    return functools.partial(verify, own=own_verifiers(named))
+
+
+def own_verifiers(named: Sequence[str]) -> dict[str, str]:
+    """{task: "module:function"} of entries "task=module:function". Raises ValueError for a name that leads nowhere."""
+    own = {}
+    for entry in named:
+        task, equals, function = entry.partition("=")
+        if not (task and equals):
+            raise ValueError(f"config.rewards.verifiers has {entry!r}; write 'task=module:function'.")
+        find_verifier(function)
+        own[task] = function
+    return own
 
 
 def make_chat(config: ml_collections.ConfigDict, workdir: pathlib.Path, train: list[Problem]) -> ChatFormat:

@@ -11,7 +11,6 @@ from kimi_jax.arrays import PackedRows, pytree
 from kimi_jax.data.loaders import prefetched, sft_batches, trained_tokens
 from kimi_jax.losses.token import cross_entropy
 from kimi_jax.sampling.logits import SamplingSettings
-from kimi_jax.tasks import get_task
 from kimi_jax.trainers.interrupt import Interrupted, StopRequest
 from kimi_jax.trainers.setup import EVALUATION, Setup
 from kimi_jax.training.checkpoint import Checkpointer
@@ -104,7 +103,7 @@ def train(setup: Setup, stop: StopRequest) -> dict:
 def _first_per_kind(problems, count):
     kept, seen = [], {}
     for problem in problems:
-        kind = get_task(problem.task).kind
+        kind = problem.kind
         seen[kind] = seen.get(kind, 0) + 1
         if seen[kind] <= count:
             kept.append(problem)
@@ -132,8 +131,9 @@ def _evaluate(setup: Setup, params) -> dict:
         k=1,
         settings=SamplingSettings.of(temperature=0.0, end_ids=setup.chat.end_ids),
         key=setup.key(EVALUATION),
+        judge=setup.judge,
     )
-    kinds = [get_task(problem.task).kind for problem in problems]
+    kinds = [problem.kind for problem in problems]
     return {
         f"{kind}_greedy_accuracy": evals.accuracy([g for g, other in zip(groups, kinds, strict=True) if other == kind])
         for kind in dict.fromkeys(kinds)

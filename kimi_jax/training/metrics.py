@@ -38,17 +38,25 @@ class MetricsWriter:
 
         Values are numbers, strings, booleans, None, or scalars of NumPy and jax; anything else raises ValueError.
         """
+        self.write_all(step, [metrics])
+
+    def write_all(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
+        """Appends a line per row, all of the same step."""
         if not distributed.is_first():
             return
-        if "step" in metrics:
-            raise ValueError("The metric name 'step' is taken by the first argument of `write`. Rename the metric.")
-        line = json.dumps({"step": int(step)} | {name: _plain(name, value) for name, value in metrics.items()}) + "\n"
+        lines = []
+        for metrics in rows:
+            if "step" in metrics:
+                raise ValueError("The metric name 'step' is taken by the first argument of `write`. Rename the metric.")
+            lines.append(
+                json.dumps({"step": int(step)} | {name: _plain(name, x) for name, x in metrics.items()}) + "\n"
+            )
         if not self._tail_checked:  # else the new line would be glued to a torn one
             if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
                 self._replace(self._lines())
             self._tail_checked = True
         with open(self.path, "ab", buffering=0) as file:
-            file.write(line.encode())
+            file.write("".join(lines).encode())
 
     def cut_back(self, step: int) -> None:
         """Drops the lines after `step`, and a torn last line: for a run that resumes from the checkpoint of `step`.

@@ -97,3 +97,8 @@ def test_a_foreign_model_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="lacks the control tokens.*end"):
         Tokenizer.load(prefix + ".model")
+
+
+def test_a_corpus_of_short_texts_is_enough(tmp_path):
+    tokenizer = Tokenizer.train(["1?", "2?", "it is 3"], tmp_path / "short.model", vocab_size=280)
+    assert tokenizer.decode(tokenizer.encode("it is 1?")) == "it is 1?"

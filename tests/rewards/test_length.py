@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 
-from kimi_jax.rewards.length import length_reward, length_weight, shaped_rewards
-from kimi_jax.types import Outcome, Verdict
+from kimi_jax.rewards.length import length_reward, length_weight
 
 # By hand from k1.5 §2.3.3: λ_i = 0.5 − (len_i − min_len) / (max_len − min_len)
 TABLE = [
@@ -37,26 +36,6 @@ def test_wrong_answers_are_never_rewarded_for_being_short():
             assert np.all(np.diff(rewards[order][kind[order]]) <= 0)
 
 
-def test_shaped_rewards_leave_ungradable_responses_out():
-    outcomes = [Outcome.UNGRADABLE, Outcome.CORRECT, Outcome.WRONG, Outcome.CORRECT, Outcome.UNGRADABLE, Outcome.WRONG]
-    lengths = [2, 100, 260, 300, 5000, 120]  # the shortest and the longest are ungradable
-    rewards, gradable = shaped_rewards([Verdict(o) for o in outcomes], lengths, length_weight=0.1)
-    assert gradable.dtype == bool and gradable.tolist() == [False, True, True, True, False, True]
-    np.testing.assert_allclose(rewards, [np.nan, 1.05, -0.03, 0.95, np.nan, 0.0], atol=1e-15)
-    assert rewards.dtype == np.float64
-
-
-def test_shaped_rewards_without_length_weight_are_correctness():
-    outcomes = [Outcome.CORRECT, Outcome.WRONG, Outcome.UNGRADABLE]
-    rewards, _ = shaped_rewards([Verdict(o) for o in outcomes], [3, 5, 7], length_weight=0.0)
-    np.testing.assert_array_equal(rewards, [1.0, 0.0, np.nan])
-
-
-def test_a_group_without_gradable_responses():
-    rewards, gradable = shaped_rewards([Verdict(Outcome.UNGRADABLE)] * 3, [3, 5, 7], length_weight=0.5)
-    assert np.isnan(rewards).all() and rewards.shape == (3,) and not gradable.any()
-
-
 def test_length_weight_is_zero_first_then_constant():
     assert [length_weight(i, weight=0.3, warmup_iterations=2) for i in range(5)] == [0.0, 0.0, 0.3, 0.3, 0.3]
     assert length_weight(0, weight=0.3, warmup_iterations=0) == 0.3
@@ -65,5 +44,3 @@ def test_length_weight_is_zero_first_then_constant():
 def test_mismatched_arguments_are_refused():
     with pytest.raises(ValueError, match=r"\(2,\) and \(3,\)"):
         length_reward(np.array([True, False]), np.array([3, 5, 7]))
-    with pytest.raises(ValueError, match="3 lengths for 1 verdicts"):
-        shaped_rewards([Verdict(Outcome.CORRECT)], [3, 5, 7], length_weight=0.0)

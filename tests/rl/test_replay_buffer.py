@@ -107,7 +107,7 @@ def test_the_state_is_flat_and_small():
     assert {name: (x.shape, x.dtype) for name, x in state.items()} == {
         name: (x.shape, x.dtype) for name, x in buffer.like(sizes).items()
     }
-    assert sum(x.nbytes for x in state.values()) == 12 * sizes["tokens"] + 18 * 13 + 24 * 4
+    assert sum(x.nbytes for x in state.values()) == 12 * sizes["tokens"] + 19 * 13 + 24 * 4
 
 
 def changed(state, **changes):

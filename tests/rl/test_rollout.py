@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from kimi_jax.rewards.length import shaped_rewards
+from kimi_jax.rewards.components import shaped_rewards
 from kimi_jax.rewards.pool import VerifierPool
 from kimi_jax.rl.batch import build_minibatches
 from kimi_jax.rl.replay_buffer import ReplayBuffer
@@ -288,7 +288,7 @@ def test_a_judge_that_never_returns_costs_its_response_and_no_other(monkeypatch)
         [Outcome.CORRECT] * 3,
     ]
     assert groups[1].verdicts[1].detail == "deadline of 0.4 s"
-    rewards = [shaped_rewards(g.verdicts, [len(r) for r in g.rollouts], length_weight=1.0)[0] for g in groups]
+    rewards = [shaped_rewards(group, {"length": 1.0})[0] for group in groups]
     [minibatch] = build_minibatches(groups, rewards, rewards, minibatches=1, oldest_version=0, **SHAPE)
     weights = np.sort(np.concatenate([batch.weights[batch.weights > 0] for batch in minibatch]))
     np.testing.assert_allclose(weights, [1 / 9] * 6 + [1 / 6] * 2, rtol=1e-6)

@@ -68,8 +68,8 @@ def get_config():
             "rl.checkpoint_every": 2,
             "rl.permute_advantages": True,  # one more use of randomness to resume,
             "rl.reset_optimizer": False,  # and one more state
-            "rl.length_weight": 1.0,
-            "rl.length_warmup": 0,
+            "rewards.weights.length": 1.0,
+            "rewards.length_warmup": 0,
             "rl.optimizer.peak": 1e-2,
             "rl.optimizer.warmup_steps": 1,
         }

@@ -71,9 +71,9 @@ def contents(directory: pathlib.Path) -> dict[str, bytes]:
         ({"rl__max_age": -1}, r"rl\.max_age=-1 must be at least 0"),
         ({"rl__oversubscribe": -0.5}, r"rl\.oversubscribe=-0\.5 must be at least 0"),
         ({"rl__oversubscribe": 9.0}, r"rl\.oversubscribe=9\.0 begins with 60 problems, but there are 58\. Raise"),
-        ({"rl__verifier__workers": -1}, r"rl\.verifier\.workers=-1 must be at least 0"),
-        ({"rl__verifier__deadline_s": 0.0}, r"rl\.verifier\.deadline_s=0\.0 must be positive"),
-        ({"rl__repetition_penalty": -0.1}, r"rl\.repetition_penalty=-0\.1 must be at least 0"),
+        ({"rewards__workers": -1}, r"rewards\.workers=-1 must be at least 0"),
+        ({"rewards__deadline_s": 0.0}, r"rewards\.deadline_s=0\.0 must be positive"),
+        ({"rewards__weights__repetition": -0.1}, r"rewards\.weights\.repetition=-0\.1 must be at least 0"),
         ({"sampling__repetition__window": -1}, r"sampling\.repetition\.window=-1 must be at least 0"),
     ],
 )

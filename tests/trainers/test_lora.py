@@ -31,7 +31,7 @@ CHANGES = {
     "sft.eval_every": 3,
     "sft.checkpoint_every": 3,
     "rl.iterations": 3,
-    "rl.verifier.workers": 0,
+    "rewards.workers": 0,
 }
 
 

@@ -27,8 +27,8 @@ SETTINGS = {  # partial rollouts with all that they have to remember, and steps 
     "rl.max_segment_lag": 2,
     "rl.max_age": 3,
     "rl.oversubscribe": 0.5,
-    "rl.repetition_penalty": 0.25,
-    "rl.verifier.workers": 1,
+    "rewards.weights.repetition": 0.25,
+    "rewards.workers": 1,
     "sampling.repetition.window": 5,
     "sampling.repetition.min_tokens": 1,
 }

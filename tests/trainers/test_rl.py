@@ -11,11 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from kimi_jax.rewards.length import shaped_rewards
+from kimi_jax import tasks
+from kimi_jax.rewards import audit
+from kimi_jax.rewards.components import shaped_rewards
 from kimi_jax.trainers import pipeline, rl, setup
 from kimi_jax.trainers.interrupt import StopRequest
 from kimi_jax.training.checkpoint import Checkpointer
 from kimi_jax.types import Outcome, StopReason
+from scripts import replay_verdicts
 from tests.trainers import miniature, stubborn_judge
 
 pytestmark = pytest.mark.slow
@@ -31,10 +34,11 @@ CHANGES = {
     "rl.iterations": 6,
     "rl.segment_tokens": 10,
     "rl.max_segment_lag": LAG,
-    "rl.repetition_penalty": PENALTY,
+    "rewards.weights.repetition": PENALTY,
     "rl.permute_advantages": False,
-    "rl.verifier.workers": 1,
-    "rl.verifier.deadline_s": 0.7,
+    "rewards.workers": 1,
+    "rewards.verifiers": (f"chain={stubborn_judge.__name__}:verify",),
+    "rewards.deadline_s": 0.7,
 }
 
 
@@ -86,7 +90,6 @@ def run(tmp_path_factory):
         config.update_from_flattened_dict(CHANGES)
         pipeline.prepare_workdir(config, workdir)
         here = setup.build(config, workdir)
-        patch.setattr(rl, "verify", stubborn_judge.verify)
         spy("collect", collected)
         spy("build_minibatches", built)
         update = rl._update
@@ -159,8 +162,7 @@ def test_the_penalty_on_repetition_reaches_the_reward(run):
     repetitive = 0
     for iteration in with_groups(run):
         for group, rewards in zip(iteration.groups, iteration.rewards, strict=True):
-            lengths = [len(rollout) for rollout in group.rollouts]
-            shaped, _ = shaped_rewards(group.verdicts, lengths, length_weight=1.0)
+            shaped, _ = shaped_rewards(group, {"length": 1.0})
             stopped = np.array([rollout.stop == StopReason.REPETITION for rollout in group.rollouts])
             np.testing.assert_allclose(rewards, np.where(stopped, shaped - PENALTY, shaped), rtol=1e-12)
             repetitive += stopped.sum()
@@ -233,3 +235,29 @@ def test_a_replay_buffer_that_does_not_match_is_refused_and_nothing_is_lost(run,
     with StopRequest() as stop, pytest.raises(ValueError, match=f"(?s){told}"):
         rl.train(dataclasses.replace(here, config=config), here.init_params(), stop)
     assert contents(here.workdir) == before
+
+
+def test_every_verdict_is_on_record_and_comes_out_the_same_when_judged_again(run):
+    here, seen = run
+    records = [json.loads(line) for line in (here.workdir / "verdicts.jsonl").read_text().splitlines()]
+    expected = [
+        (iteration.metrics["step"], rollout.serial, rollout.text, verdict.outcome.value)
+        for iteration in seen
+        for _, _, rollout, verdict, _ in iteration.responses
+    ]
+    assert [(r["step"], r["serial"], r["response"], r["outcome"]) for r in records] == expected
+    gradable = [record for record in records if record["outcome"] != "ungradable"]
+    again = [tasks.verify(*audit.question(record)) for record in gradable]
+    assert len(gradable) < len(records) and audit.disagreements(gradable, again) == []
+    one = next(record for record in gradable if record["outcome"] == "wrong")
+    arguments = [f"--workdir={here.workdir}", f"--serial={one['serial']}"]
+    assert replay_verdicts.main(arguments) == 0
+    path = here.workdir / "verdicts.jsonl"
+    lie = json.dumps(one | {"outcome": "correct"}) + "\n"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records if r is not one) + lie)
+    assert replay_verdicts.main(arguments) == 1
+    earned = [r["reward_correct"] + r["reward_length"] + PENALTY * r["reward_repetition"] for r in gradable]
+    np.testing.assert_allclose([record["reward"] for record in gradable], earned, rtol=1e-12)
+    for iteration in with_groups(run):
+        of_it = [r["reward_length"] for r in gradable if r["step"] == iteration.metrics["step"]]
+        assert iteration.metrics["reward_length"] == pytest.approx(share(of_it))
