@@ -8,6 +8,7 @@ that is not deterministic, shows here. Exit status: 0 all as recorded; 1 some ar
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ def replay(args: argparse.Namespace) -> list[tuple[dict, str, str]]:
         for record in MetricsWriter(path).read()
         if args.step in (None, record["step"]) and args.serial in (None, record["serial"])
     ]
+    sys.path.append(os.getcwd())  # where config.rewards.verifiers may lie
     verify = setup.verifier(options["verifiers"])
     with VerifierPool(verify, workers=max(options["workers"], 1), deadline_s=options["deadline_s"]) as pool:
         verdicts = pool.verdicts([pool.submit(*audit.question(record)) for record in records])

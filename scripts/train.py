@@ -50,6 +50,7 @@ def run(argv: list[str]) -> None:
         raise ValueError("--workdir=DIR is missing: where shall checkpoints and the report go? (Or give --dry_run.)")
     config = CONFIG.value
     check_config(config)
+    sys.path.append(os.getcwd())  # where config.rewards.verifiers may lie
 
     if DRY_RUN.value and TOPOLOGY.value:
         os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, so whatever devices are here can be left alone

@@ -28,12 +28,12 @@ def length(group: RolloutGroup) -> np.ndarray:
 
 def repetition(group: RolloutGroup) -> np.ndarray:
     """-1 for a response that was stopped for repeating itself, else 0 (k1.5 §2.6.2)."""
-    return -np.array([rollout.stop == StopReason.REPETITION for rollout in group.rollouts], float)
+    return np.array([-1.0 if rollout.stop == StopReason.REPETITION else 0.0 for rollout in group.rollouts])
 
 
 def format(group: RolloutGroup) -> np.ndarray:
     """-1 for a response in which the verifier found no answer to judge, or more than one, else 0."""
-    return -np.array([not verdict.well_formed for verdict in group.verdicts], float)
+    return np.array([0.0 if verdict.well_formed else -1.0 for verdict in group.verdicts])
 
 
 COMPONENTS: dict[str, Component] = {"length": length, "repetition": repetition, "format": format}
