@@ -46,7 +46,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
         print(f"{problems}, {setup.chat.tokenizer.vocab_size} tokens, {device_name()}")
 
     with StopRequest() as stop, clock:
-        params = supervised.train(setup, stop)
+        params = supervised.train(setup, supervised.sft(setup), stop) if config.sft.steps else setup.init_params()
         sft = _stored(workdir / "eval_sft.json", functools.partial(full_evaluation, setup, params))
         sft_groups = report_groups(setup, params)
         params = rl.train(setup, params, stop)

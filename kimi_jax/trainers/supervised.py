@@ -1,9 +1,17 @@
-"""The loop over fixed data: supervised fine-tuning on worked solutions (k1.5 §2.5.2, §2.2).
+"""The loop over fixed data: batches -> loss -> update -> now and then: evaluate, checkpoint.
 
-examples -> packed rows -> cross-entropy on response and end token -> update -> now and then: evaluate, checkpoint
+What a stage of training is made of, a `Stage`, says what the batches are and how they are learned. The one here is
+supervised fine-tuning on worked solutions (k1.5 §2.5.2, §2.2): cross-entropy on response and end token.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import grain
 import jax
+import ml_collections
 import numpy as np
 
 from kimi_jax import evals
@@ -15,32 +23,37 @@ from kimi_jax.trainers.interrupt import Interrupted, StopRequest
 from kimi_jax.trainers.setup import EVALUATION, Setup
 from kimi_jax.training.checkpoint import Checkpointer
 from kimi_jax.training.metrics import MetricsWriter, Stopwatch, progress
-from kimi_jax.training.step import check_finite
+from kimi_jax.training.step import LossFn, check_finite
 
 
-@pytree
-class SFTBatch:
-    rows: PackedRows
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What one supervised stage is made of.
+
+    name: of its checkpoints, checkpoints/NAME, and of NAME_metrics.jsonl. options: its section of the config. batches:
+    element i is the batch of update i + 1, a pytree of NumPy arrays whose first axis is rows, with a field `rows`.
+    loss_fn: see `training.step`; hyper["weight"] is `weight(batch)`, 1 over what the loss is a mean of. summarize: from
+    the metrics of several updates to what is written. evaluate: what else is written, from parameters.
+    """
+
+    name: str
+    options: ml_collections.ConfigDict
+    batches: grain.MapDataset
+    loss_fn: LossFn
+    weight: Callable[[Any], float]
+    summarize: Callable[[list[dict]], dict]
+    evaluate: Callable[[dict], dict]
 
 
-def loss_fn(logprobs, batch: SFTBatch, hyper):
-    return cross_entropy(logprobs, batch.rows.loss_mask, weight=hyper["weight"])
-
-
-def train(setup: Setup, stop: StopRequest) -> dict:
+def train(setup: Setup, stage: Stage, stop: StopRequest) -> dict:
     """Runs or resumes the stage and returns its final parameters. Raises Interrupted, NonFiniteError."""
-    config = setup.config.sft
-    writer = MetricsWriter(setup.workdir / "sft_metrics.jsonl")
-    stepper = setup.stepper(loss_fn, config.optimizer, total_steps=config.steps)
-
-    # --- data
-    solved = _first_per_kind(setup.train, config.examples_per_kind)
-    prompts = setup.prompts(solved)
-    examples = [setup.chat.encode_example(prompts[i], p.solution) for i, p in enumerate(solved)]
-    batches = sft_batches(examples, seed=setup.config.seed, rows_per_batch=config.rows, **setup.packing)
+    config, title = stage.options, stage.name.upper()
+    writer = MetricsWriter(setup.workdir / f"{stage.name}_metrics.jsonl")
+    stepper = setup.stepper(stage.loss_fn, config.optimizer, total_steps=config.steps)
 
     # --- state: new, or from the last checkpoint
-    with Checkpointer(setup.workdir / "checkpoints" / "sft", keep_last=1, keep_best=0, best_metric=None) as checkpoints:
+    directory = setup.workdir / "checkpoints" / stage.name
+    with Checkpointer(directory, keep_last=1, keep_best=0, best_metric=None) as checkpoints:
         start = checkpoints.latest_step()
         if start is None:
             params = setup.init_params()
@@ -56,15 +69,15 @@ def train(setup: Setup, stop: StopRequest) -> dict:
 
         # --- updates
         watch = Stopwatch()
-        bar = progress(desc="SFT", total=config.steps, initial=start)
-        data = prefetched(batches, start, num_threads=1)
+        bar = progress(desc=title, total=config.steps, initial=start)
+        data = prefetched(stage.batches, start, num_threads=1)
         for step in range(start + 1, config.steps + 1):
             with watch("update"):
-                rows = next(data)
-                hyper = {"temperature": np.float32(1), "weight": np.float32(1 / max(trained_tokens(rows), 1))}
+                whole = next(data)
+                hyper = {"temperature": np.float32(1), "weight": np.float32(stage.weight(whole))}
                 acc = None
                 for begin in range(0, config.rows, config.micro_rows):
-                    batch = SFTBatch(jax.tree.map(lambda x, b=begin: x[b : b + config.micro_rows], rows))
+                    batch = jax.tree.map(lambda x, b=begin: x[b : b + config.micro_rows], whole)
                     batch = setup.put_rows(batch)
                     acc = stepper.zeros(state.params, batch, hyper) if acc is None else acc
                     acc = stepper.accumulate(acc, state.params, batch, hyper)
@@ -80,13 +93,15 @@ def train(setup: Setup, stop: StopRequest) -> dict:
                 with watch("update"):
                     waiting = [{name: float(x) for name, x in metrics.items()} for metrics in jax.device_get(waiting)]
                 for metrics in waiting:
-                    check_finite(metrics, f"SFT, update {step} or shortly before")
+                    check_finite(metrics, f"{title}, update {step} or shortly before")
             if evaluate:
-                summary = _summary(waiting)
+                summary = stage.summarize(waiting) | {
+                    "grad_norm": float(np.mean([m["grad_norm"] for m in waiting])),
+                    "learning_rate": waiting[-1]["learning_rate"],
+                }
                 bar.set_postfix(loss=f"{summary['loss']:.3f}")
-                if config.eval_problems:
-                    with watch("evaluation"):
-                        summary |= _evaluate(setup, state.params)
+                with watch("evaluation"):
+                    summary |= stage.evaluate(state.params)
                 seconds = watch.pop()
                 summary |= {f"seconds_{phase}": s for phase, s in seconds.items()}
                 summary["tokens_per_second"] = sum(m["tokens"] for m in waiting) / seconds["update"]
@@ -95,9 +110,39 @@ def train(setup: Setup, stop: StopRequest) -> dict:
             if save:
                 checkpoints.save(step, state, meta={"waiting": waiting}, wait=last or stopping)
             if stopping and not last:
-                raise Interrupted(f"SFT stopped and saved at step {step} of {config.steps}")
+                raise Interrupted(f"{title} stopped and saved at step {step} of {config.steps}")
         bar.close()
     return state.params
+
+
+# --- fine-tuning on worked solutions ----------------------------------------------------------------------------------
+
+
+@pytree
+class SFTBatch:
+    rows: PackedRows
+
+
+def loss_fn(logprobs, batch: SFTBatch, hyper):
+    return cross_entropy(logprobs, batch.rows.loss_mask, weight=hyper["weight"])
+
+
+def sft(setup: Setup) -> Stage:
+    """The worked solutions of the first train problems."""
+    config = setup.config.sft
+    solved = [p for p in _first_per_kind(setup.train, config.examples_per_kind) if p.solution]
+    prompts = setup.prompts(solved)
+    examples = [setup.chat.encode_example(prompts[i], p.solution) for i, p in enumerate(solved)]
+    batches = sft_batches(examples, seed=setup.config.seed, rows_per_batch=config.rows, **setup.packing)
+    return Stage(
+        name="sft",
+        options=config,
+        batches=batches.map(SFTBatch),
+        loss_fn=loss_fn,
+        weight=lambda batch: 1 / max(trained_tokens(batch.rows), 1),
+        summarize=_summary,
+        evaluate=functools.partial(_evaluate, setup) if config.eval_problems else lambda params: {},
+    )
 
 
 def _first_per_kind(problems, count):
@@ -112,12 +157,7 @@ def _first_per_kind(problems, count):
 
 def _summary(metrics: list[dict]) -> dict:
     tokens = sum(m["tokens"] for m in metrics)
-    return {
-        "loss": float(sum(m["nll"] for m in metrics) / tokens),
-        "entropy": float(sum(m["entropy"] for m in metrics) / tokens),
-        "grad_norm": float(np.mean([m["grad_norm"] for m in metrics])),
-        "learning_rate": float(metrics[-1]["learning_rate"]),
-    }
+    return {name: sum(m[part] for m in metrics) / tokens for name, part in (("loss", "nll"), ("entropy", "entropy"))}
 
 
 def _evaluate(setup: Setup, params) -> dict:

@@ -61,8 +61,8 @@ def run(workdir, *stops):
     begin = copied(here.init_params())
     for at in stops:
         with pytest.raises(Interrupted):
-            supervised.train(here, StopAt(at))
-    between = copied(supervised.train(here, StopAt()))
+            supervised.train(here, supervised.sft(here), StopAt(at))
+    between = copied(supervised.train(here, supervised.sft(here), StopAt()))
     params = lambda: jax.device_put(between, jax.tree.map(lambda leaf: leaf.sharding, here.params_like))  # noqa: E731
     for at in stops:
         with pytest.raises(Interrupted):

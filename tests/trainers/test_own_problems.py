@@ -46,7 +46,8 @@ def test_problems_of_a_file_and_a_verifier_of_a_module(config, tmp_path):
 
 @pytest.mark.slow
 def test_a_verifier_that_fails_is_counted_and_never_a_zero(config, tmp_path, capfd):
-    config.data.train_file = write(tmp_path / "train.jsonl", 13, answer="unknowable")
+    config.data.train_file = write(tmp_path / "train.jsonl", 13, answer="unknowable", solution="")
+    config.sft.steps = 0  # nothing is solved, so nothing can be learned before
     pipeline.run(config, tmp_path / "run")
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert (row["ungradable"], row["ungradable_alarm"], row["groups_dropped"], row["updates"]) == (1.0, 1.0, 1.0, 0)
