@@ -16,6 +16,7 @@ setup(
         "grain>=0.2.18,<0.3",
         "jax>=0.10.2,<0.12",
         "jinja2>=3.1.6,<4",
+        "math-verify>=0.9,<0.10",
         "matplotlib>=3.11.2,<3.12",
         "ml_collections>=1.1,<2",
         "numpy>=2.4.6,<2.6",

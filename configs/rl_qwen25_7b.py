@@ -7,8 +7,8 @@ What the compiler says (libtpu 0.0.42, JAX 0.10.2; five to ten minutes on two CP
     v5e:16x16   256 chips, rows over 64 groups    9.2 of 15.8 GiB per chip at the peak, which is the gradient
     v5p:4x4x4    64 chips, rows over 16 groups   18.1 of 95.7 GiB per chip at the peak, which is the gradient
 
-The weights are random and the task is arithmetic, standing in for published weights and real problems until they can be
-imported; so there is no result to expect yet. Slices like these have several hosts: start it on each with
+The weights are random and the task is arithmetic, so there is no result to expect; with --config.model.path=DIR it
+begins with published weights instead. Slices like these have several hosts: start it on each with
 --distributed. The mesh needs a multiple of 64 chips.
 """
 

@@ -32,7 +32,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workdir", type=pathlib.Path, help="what scripts/train.py wrote to")
     parser.add_argument("--model", type=pathlib.Path, help="instead: a published model")
     parser.add_argument("--raw", action="store_true", help="with --model: no chat template, the prompt as it is")
-    parser.add_argument("--dtype", help="to compute in: float32, bfloat16, float16; default: as in training")
+    parser.add_argument("--system", default="", help="with --model: the system message, which a run has in its config")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the model")
     parser.add_argument("--prompt", help="the question, <image> where an image belongs; default: read from stdin")
     parser.add_argument("--image", action="append", default=[], help="an image file; once per image, in order")
     parser.add_argument("--stage", choices=("rl", "sft"), help="default: rl if it has a checkpoint, else sft")
@@ -47,8 +48,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.workdir is None) == (args.model is None):
         parser.error("give one of --workdir and --model")
-    if args.model and args.stage or args.workdir and args.raw:
-        parser.error("--stage belongs to --workdir, --raw to --model")
+    if args.model and args.stage or args.workdir and (args.raw or args.system):
+        parser.error("--stage belongs to --workdir, --raw and --system to --model")
+    if args.raw and args.system:
+        parser.error("--raw has no chat template that could put the message of --system")
     return args
 
 
@@ -106,7 +109,8 @@ def answer(args: argparse.Namespace, config, write: Callable[[str], Any]) -> dic
     step, masters = load_params(args, stage, setup.params_like(config, policy, mesh), dtype)
     params = make_handover(policy, mesh, dtype=dtype)(masters, None)
     del masters
-    print(f"[{stage or args.model}, step {step}, {len(prompt.tokens)} tokens of question]", file=sys.stderr)
+    origin = args.model or f"{stage}, step {step}"
+    print(f"[{origin}, {len(prompt.tokens)} tokens of question]", file=sys.stderr)
 
     # --- the answer
     rollout = write_as_it_comes(
@@ -127,11 +131,12 @@ def answer(args: argparse.Namespace, config, write: Callable[[str], Any]) -> dic
     }
 
 
-def model_settings(model: pathlib.Path):
+def model_settings(model: pathlib.Path, system: str):
     from kimi_jax.trainers.config import default_config
 
     config = default_config()
     config.model.path = str(model)
+    config.model.system = system
     config.data.image_tasks = ()
     config.sampling.max_tokens = 512
     config.sampling.prompt_patches = 0
@@ -224,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         show = (lambda text: None) if args.json else lambda text: print(text, end="", flush=True)
-        config = model_settings(args.model) if args.model else read_config(args.workdir)
+        config = model_settings(args.model, args.system) if args.model else read_config(args.workdir)
         result = answer(args, config, show)
     except (ValueError, OSError, MemoryError) as error:
         if args.traceback:

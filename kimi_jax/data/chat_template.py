@@ -17,7 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2.ext
+import jinja2.sandbox
 import numpy as np
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError, TemplateError
 
 from kimi_jax.data.hf_tokenizer import HFTokenizer, read_json
 
@@ -273,13 +277,11 @@ def _metered(items: Any) -> Any:
 @functools.lru_cache(maxsize=32)
 def _compiled(source: str) -> Any:
     """The jinja2.Template. Raises ValueError for a syntax error."""
-    import jinja2
-
     environment = _environment()
     try:
         tree = environment.parse(source)
-        for loop in list(tree.find_all(jinja2.nodes.For)):
-            loop.iter = jinja2.nodes.Filter(loop.iter, "_metered", [], [], None, None, lineno=loop.lineno)
+        for loop in list(tree.find_all(nodes.For)):
+            loop.iter = nodes.Filter(loop.iter, "_metered", [], [], None, None, lineno=loop.lineno)
         return environment.from_string(tree)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template has a syntax error in line {error.lineno}: {error.message}") from error
@@ -287,83 +289,82 @@ def _compiled(source: str) -> Any:
         raise ValueError(f"the chat template cannot be compiled: {type(error).__name__}: {error}") from error
 
 
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %} frames what an assistant wrote."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begin, end = (nodes.Output([nodes.Name(name, "load")], lineno=line) for name in (_BEGIN, _END))
+        return nodes.Scope([begin, *body, end], lineno=line)
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(("*", "**"))
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        raise SecurityError(f"it may not use the attribute {attribute!r} of a {type(obj).__name__}")
+
+    def call(self, /, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_time()
+        return super().call(context, function, *args, **kwargs)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        for one, other in ((left, right), (right, left)):
+            if operator == "*" and hasattr(one, "__len__") and isinstance(other, int):
+                if len(one) * other > _LONGEST:
+                    raise SecurityError(f"it multiplies something to more than {_LONGEST} elements")
+        if operator == "**" and isinstance(left, int) and left.bit_length() * right > _LONGEST:
+            raise SecurityError(f"it computes a number of more than {_LONGEST} bits")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` is among args, so that it can be a key, too
+        jinja2.utils.Namespace.__init__(*args, **kwargs)
+        for name in dict(*args[1:], **kwargs):
+            _check_name(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+class _Dictionary:
+    def __call__(self, *args: Any, **kwargs: Any) -> dict:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict:
+        return dict.fromkeys(*args)
+
+
+def _check_name(name: str) -> None:
+    if name.startswith("_"):
+        raise SecurityError(f"it may not store {name!r} in a namespace: a name there cannot begin with '_'")
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
 @functools.lru_cache(maxsize=1)
 def _environment() -> Any:
-    """What transformers offers to templates, and no more. The classes are here as jinja2 is an optional package."""
-    try:
-        import jinja2.ext
-        import jinja2.sandbox
-    except ImportError as error:
-        raise ImportError("chat templates need jinja2: pip install 'kimi_jax[hf]'") from error
-    from jinja2 import nodes
-    from jinja2.exceptions import SecurityError, TemplateError
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %} frames what an assistant wrote."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            begin, end = (nodes.Output([nodes.Name(name, "load")], lineno=line) for name in (_BEGIN, _END))
-            return nodes.Scope([begin, *body, end], lineno=line)
-
-    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(("*", "**"))
-
-        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-            raise SecurityError(f"it may not use the attribute {attribute!r} of a {type(obj).__name__}")
-
-        def call(self, /, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-            _check_time()
-            return super().call(context, function, *args, **kwargs)
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            for one, other in ((left, right), (right, left)):
-                if operator == "*" and hasattr(one, "__len__") and isinstance(other, int):
-                    if len(one) * other > _LONGEST:
-                        raise SecurityError(f"it multiplies something to more than {_LONGEST} elements")
-            if operator == "**" and isinstance(left, int) and left.bit_length() * right > _LONGEST:
-                raise SecurityError(f"it computes a number of more than {_LONGEST} bits")
-            return super().call_binop(context, operator, left, right)
-
-    class Namespace(jinja2.utils.Namespace):
-        def __init__(*args: Any, **kwargs: Any) -> None:  # `self` is among args, so that it can be a key, too
-            jinja2.utils.Namespace.__init__(*args, **kwargs)
-            for name in dict(*args[1:], **kwargs):
-                _check_name(name)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            _check_name(name)
-            super().__setitem__(name, value)
-
-    class Dictionary:
-        def __call__(self, *args: Any, **kwargs: Any) -> dict:
-            return dict(*args, **kwargs)
-
-        def fromkeys(self, *args: Any) -> dict:
-            return dict.fromkeys(*args)
-
-    def _check_name(name: str) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"it may not store {name!r} in a namespace: a name there cannot begin with '_'")
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
-    environment.filters |= {"tojson": tojson, "_metered": _metered}
+    """What transformers offers to templates, and no more."""
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    environment.filters |= {"tojson": _tojson, "_metered": _metered}
     environment.globals |= {
-        "raise_exception": raise_exception,
+        "raise_exception": _raise_exception,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-        "dict": Dictionary(),
-        "namespace": Namespace,
+        "dict": _Dictionary(),
+        "namespace": _Namespace,
     }
     return environment
 

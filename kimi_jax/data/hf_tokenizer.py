@@ -9,14 +9,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from tokenizers import AddedToken, Tokenizer, processors
 
 from kimi_jax.data.hf_vocab import read_vocabulary
-
-if TYPE_CHECKING:
-    import tokenizers
 
 NO_IMAGES = -1  # the image_id of a model that reads none: no token has it
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -31,7 +29,7 @@ class HFTokenizer:
 
     def __init__(
         self,
-        backend: "tokenizers.Tokenizer",
+        backend: Tokenizer,
         *,
         special_tokens: Mapping[str, str],
         end_ids: Sequence[int],
@@ -46,7 +44,7 @@ class HFTokenizer:
         }
         self._set_backend(backend)
 
-    def _set_backend(self, backend: "tokenizers.Tokenizer") -> None:
+    def _set_backend(self, backend: Tokenizer) -> None:
         self._backend = backend
         # Two objects, because whether special tokens are formed is a switch of the object, and threads share it.
         self._plain = type(backend).from_str(backend.to_str())
@@ -99,7 +97,7 @@ class HFTokenizer:
         """How the vocabulary writes a token; None if there is no such token."""
         return self._backend.id_to_token(token)
 
-    def _with(self, allow_special: bool) -> "tokenizers.Tokenizer":
+    def _with(self, allow_special: bool) -> Tokenizer:
         return self._backend if allow_special else self._plain
 
     @classmethod
@@ -165,10 +163,8 @@ def _ids(value: int | list[int] | None) -> list[int]:
     return [] if value is None else [value] if isinstance(value, int) else list(value)
 
 
-def _add_tokens(backend: "tokenizers.Tokenizer", config: Mapping[str, Any], named: Iterable[str]) -> None:
+def _add_tokens(backend: Tokenizer, config: Mapping[str, Any], named: Iterable[str]) -> None:
     """Adds what tokenizer_config.json declares beyond the vocabulary. Raises ValueError if an id comes out wrong."""
-    from tokenizers import AddedToken
-
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
     declared = sorted((int(index), token) for index, token in config.get("added_tokens_decoder", {}).items())
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
@@ -192,10 +188,8 @@ def _add_tokens(backend: "tokenizers.Tokenizer", config: Mapping[str, Any], name
             backend.add_special_tokens([AddedToken(content, normalized=False, special=True)])
 
 
-def _add_ends(backend: "tokenizers.Tokenizer", config: Mapping[str, Any], names: Mapping[str, str]) -> None:
+def _add_ends(backend: Tokenizer, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
     """A tokenizer.json says itself which tokens a text begins and ends with; else tokenizer_config.json does."""
-    from tokenizers import processors
-
     begin, end = (
         [names[f"{which}_token"]] if config.get(f"add_{which}_token") and f"{which}_token" in names else []
         for which in ("bos", "eos")
@@ -207,7 +201,7 @@ def _add_ends(backend: "tokenizers.Tokenizer", config: Mapping[str, Any], names:
         )
 
 
-def _image_id(backend: "tokenizers.Tokenizer", model: Mapping[str, Any]) -> int:
+def _image_id(backend: Tokenizer, model: Mapping[str, Any]) -> int:
     """model: config.json. Text models of the Qwen family have the token too, but no use for it."""
     token = model.get("image_token_id")
     if token is None and (not model or "vision_config" in model):

@@ -15,10 +15,9 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -43,7 +42,7 @@ _SPACE = "\u2581"  # how SentencePiece writes a space
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # kinds of SentencePiece pieces
 
 
-def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> "tokenizers.Tokenizer":
+def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> Tokenizer:
     """The vocabulary in `directory`. config: its tokenizer_config.json.
 
     Raises FileNotFoundError if there is none, and ValueError, which names the file, if it cannot be read.
@@ -63,32 +62,27 @@ def read_vocabulary(directory: Path, config: Mapping[str, Any]) -> "tokenizers.T
             return _read_vocab_and_merges(path, config)
         data = path.read_bytes()
         return _read_tiktoken(data, config) if _is_tiktoken(data) else _read_sentencepiece(data, config)
-    except ImportError as error:
-        raise ImportError(f"reading {str(path)!r} needs {error.name!r}: pip install 'kimi_jax[hf]'") from error
     except Exception as error:  # the readers of damaged files raise whatever they stumble over
         raise ValueError(f"{str(path)!r} is not a vocabulary that can be read: {error}") from error
 
 
-def _read_tokenizer_json(path: Path) -> "tokenizers.Tokenizer":
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+def _read_tokenizer_json(path: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()  # the file may hold the settings of whoever saved it
     tokenizer.no_padding()
     return tokenizer
 
 
-def _read_vocab_and_merges(path: Path, config: Mapping[str, Any]) -> "tokenizers.Tokenizer":
-    import tokenizers
-
+def _read_vocab_and_merges(path: Path, config: Mapping[str, Any]) -> Tokenizer:
     vocabulary = json.loads(path.read_text(encoding="utf-8"))
     lines = path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
+    pairs = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+    merges = [(left, right) for left, right in pairs]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     pattern = _pattern(config)
     _set_byte_level(tokenizer, pattern, add_prefix_space=bool(config.get("add_prefix_space")))
     if pattern == _ONE_DIGIT:
-        tokenizer.normalizer = tokenizers.normalizers.NFC()
+        tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
@@ -100,10 +94,8 @@ def _is_tiktoken(data: bytes) -> bool:
     return len(words) == 2 and words[1].isdigit() and data[:1] not in (b"\x0a", b"")
 
 
-def _read_tiktoken(data: bytes, config: Mapping[str, Any]) -> "tokenizers.Tokenizer":
+def _read_tiktoken(data: bytes, config: Mapping[str, Any]) -> Tokenizer:
     """tiktoken joins the two neighbours whose union has the lowest rank, so each way to halve a token is a merge."""
-    import tokenizers
-
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), start=1):
         if line:
@@ -121,19 +113,17 @@ def _read_tiktoken(data: bytes, config: Mapping[str, Any]) -> "tokenizers.Tokeni
         known.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [(spelled[left], spelled[right]) for left, right in known]
     vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=True))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
     _set_byte_level(tokenizer, _pattern(config) or _THREE_DIGITS, add_prefix_space=False)
     _add_reserved(tokenizer, config, first=max(ranks.values()) + 1)
     return tokenizer
 
 
-def _add_reserved(tokenizer: "tokenizers.Tokenizer", config: Mapping[str, Any], *, first: int) -> None:
+def _add_reserved(tokenizer: Tokenizer, config: Mapping[str, Any], *, first: int) -> None:
     """Special tokens follow the ranks. Ids before the last one that have no name get one: the library skips no id."""
-    import tokenizers
-
     named = {int(index): token["content"] for index, token in config.get("added_tokens_decoder", {}).items()}
     contents = [named.get(index, f"<|reserved_token_{index}|>") for index in range(first, max(named, default=0) + 1)]
-    tokenizer.add_special_tokens([tokenizers.AddedToken(content, normalized=False) for content in contents])
+    tokenizer.add_special_tokens([AddedToken(content, normalized=False) for content in contents])
 
 
 def _pattern(config: Mapping[str, Any]) -> str | None:
@@ -141,9 +131,7 @@ def _pattern(config: Mapping[str, Any]) -> str | None:
     return config.get("pat_str") or _PATTERNS.get(config.get("tokenizer_class", ""))
 
 
-def _set_byte_level(tokenizer: "tokenizers.Tokenizer", pattern: str | None, *, add_prefix_space: bool) -> None:
-    from tokenizers import Regex, decoders, pre_tokenizers, processors
-
+def _set_byte_level(tokenizer: Tokenizer, pattern: str | None, *, add_prefix_space: bool) -> None:
     letters = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=pattern is None)
     if pattern is None:
         tokenizer.pre_tokenizer = letters
@@ -165,10 +153,8 @@ def byte_letters() -> list[str]:
 # --- SentencePiece
 
 
-def _read_sentencepiece(data: bytes, config: Mapping[str, Any]) -> "tokenizers.Tokenizer":
+def _read_sentencepiece(data: bytes, config: Mapping[str, Any]) -> Tokenizer:
     """As Llama uses it: bytes for characters without a piece, a space before the text, nothing normalized."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     pieces, model_type, rules = _parse_sentencepiece(data)
     if model_type != "bpe":
         raise ValueError(f"its type is {model_type!r}; of SentencePiece models only 'bpe' is supported")

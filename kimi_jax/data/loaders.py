@@ -25,19 +25,25 @@ def sft_batches(
     merge: int,
     image_id: int,
     extras: Sequence[str] = (),
+    together: int = 1,
 ) -> grain.MapDataset:
     """An endless dataset: element `step` is a PackedRows of `rows_per_batch` rows of NumPy arrays.
 
     The examples are shuffled and packed into rows once; the order of the rows is drawn anew for each epoch. All rows of
     an epoch come before any of the next. A batch may hold the end of one epoch and the beginning of another: nothing is
-    left out, and every batch is full.
+    left out, and every batch is full. together: so many examples in sequence (2: pairs) stay neighbours in one row; a
+    remainder that is not so many is left out.
     Raises ValueError if there are no examples, or one does not fit in a row.
     """
-    if not len(examples):
+    if len(examples) < together:
         raise ValueError("no examples to train on")
-    order = np.random.default_rng(seed).permutation(len(examples))
-    shuffled = [examples[index] for index in order]
-    plan = plan_rows(shuffled, row_tokens=row_tokens, row_patches=row_patches)
+    order = np.random.default_rng(seed).permutation(len(examples) // together)
+    shuffled = [examples[together * index + j] for index in order for j in range(together)]
+    joined = [_joined(shuffled[i : i + together]) for i in range(0, len(shuffled), together)]
+    plan = [
+        [together * index + j for index in row for j in range(together)]
+        for row in plan_rows(joined, row_tokens=row_tokens, row_patches=row_patches)
+    ]
 
     def pack(rows: Sequence[list[int]]) -> PackedRows:
         packed, _ = pack_rows(
@@ -57,6 +63,15 @@ def sft_batches(
     if rows_per_batch == 1:  # in batches of one, grain's length of an endless dataset overflows
         return endless.map(lambda row: pack([row]))
     return endless.batch(rows_per_batch, batch_fn=pack)
+
+
+def _joined(examples: Sequence[Example]) -> Example:
+    """One example as large as all of these."""
+    return Example(
+        tokens=np.concatenate([example.tokens for example in examples]),
+        trained=np.concatenate([example.trained for example in examples]),
+        images=tuple(image for example in examples for image in example.images),
+    )
 
 
 def encoded_problems(problems: Sequence[Problem], encode: Callable[[Problem], Prompt]) -> grain.MapDataset:

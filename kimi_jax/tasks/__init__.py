@@ -6,20 +6,39 @@ import importlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from kimi_jax.tasks.base import Task
+from kimi_jax.tasks.base import Task, verify_exact
+from kimi_jax.tasks.equivalence import EQUIVALENCE
 from kimi_jax.tasks.math import CHAIN, COUNTDOWN_TASKS
 from kimi_jax.tasks.visual import VISUAL_TASKS
 from kimi_jax.types import Outcome, Problem, Verdict
 
-TASKS: dict[str, Task] = {task.name: task for task in (CHAIN, *COUNTDOWN_TASKS, *VISUAL_TASKS)}
+TASKS: dict[str, Task] = {task.name: task for task in (CHAIN, *COUNTDOWN_TASKS, *VISUAL_TASKS, EQUIVALENCE)}
+
+
+def _verify_math(problem: Problem, text: str) -> Verdict:
+    from kimi_jax.rewards.math_answer import verify_math  # imports an algebra system
+
+    return verify_math(problem.answer, text)
+
+
+# Of problems that come from files, which nothing here draws: `answer` after "Answer:", or mathematics in any form.
+VERIFIERS: dict[str, Callable[[Problem, str], Verdict]] = {"exact": verify_exact, "math": _verify_math}
 
 
 def get_task(name: str) -> Task:
     """The task called `name`. Raises ValueError with the nearest names where there is none."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1) or [min(TASKS)]
-        raise ValueError(f"no task is called {name!r}; did you mean {near[0]!r}? There are: {', '.join(sorted(TASKS))}")
+        raise ValueError(
+            f"no task is called {name!r}; did you mean {near[0]!r}? There are: {', '.join(sorted(TASKS))}; for problems "
+            f"of files also {', '.join(VERIFIERS)}"
+        )
     return TASKS[name]
+
+
+def get_verifier(name: str) -> Callable[[Problem, str], Verdict]:
+    """What judges problems whose `task` is `name`. Raises ValueError with the nearest names where there is nothing."""
+    return VERIFIERS[name] if name in VERIFIERS else get_task(name).verify
 
 
 def verify(problem: Problem, text: str, own: Mapping[str, str] = MappingProxyType({})) -> Verdict:
@@ -28,7 +47,7 @@ def verify(problem: Problem, text: str, own: Mapping[str, str] = MappingProxyTyp
     own: verifiers of the user by name of the task, "module:function", which go before those of the tasks here.
     """
     try:
-        judge = find_verifier(own[problem.task]) if problem.task in own else get_task(problem.task).verify
+        judge = find_verifier(own[problem.task]) if problem.task in own else get_verifier(problem.task)
         verdict = judge(problem, text)
         if not isinstance(verdict, Verdict):
             raise TypeError(f"the verifier returned {verdict!r:.80}, not a Verdict")

@@ -3,10 +3,11 @@
 The answer is drawn first, uniformly, and a picture is made to have it, so that guessing without looking earns little.
 (The exception is `text_image`, whose answers spread by themselves.)
 
-Each task exists in a plain style of 8-pixel cells for small models, and with the suffix "_rich" in a style with larger
-cells, several sizes and fonts, jitter, noise and tinted backgrounds. Both ask the same under the same problem id, so
-what is held out in one is held out in the other. `text_image` shares the ids of `chain` for the same reason: a question
-drawn as an image should be answered like the same question written as text (k1.5 §2.3.5).
+Each task exists in a plain style of 8-pixel cells for small models, with the suffix "_rich" in a style with larger
+cells, several sizes and fonts, jitter, noise and tinted backgrounds, and with "_large" in such a style for published
+models, which see 28 or 32 pixels as one token. All ask the same under the same problem id, so what is held out in one
+is held out in the others. `text_image` shares the ids of `chain` for the same reason: a question drawn as an image
+should be answered like the same question written as text (k1.5 §2.3.5).
 """
 
 import dataclasses
@@ -48,6 +49,7 @@ PLAIN = Style(cell=8, sizes=(6,), scales=(1,), fonts=("regular",), jitter=False,
 RICH = Style(
     cell=16, sizes=(8, 10, 12, 14), scales=(1, 2), fonts=("regular", "bold", "slanted"), jitter=True, noise=6.0, tint=40
 )
+LARGE = dataclasses.replace(RICH, cell=56, sizes=(28, 34, 40, 46), scales=(4, 5, 6, 7))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,7 +366,7 @@ def draw_text_image(rng: np.random.Generator, difficulty: int) -> Content:
 
 VISUAL_TASKS = tuple(
     _visual_task(name + suffix, style, difficulties, draw_content)
-    for suffix, style in (("", PLAIN), ("_rich", RICH))
+    for suffix, style in (("", PLAIN), ("_rich", RICH), ("_large", LARGE))
     for name, difficulties, draw_content in (
         ("scene_count", (2, 4, 6), draw_scene_count),
         ("scene_compare", (1, 2, 4), draw_scene_compare),

@@ -23,6 +23,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.dtype = config_dict.placeholder(str)  # compute dtype; None keeps that of the size
     config.model.sampling_dtype = config_dict.placeholder(str)  # of the rollout copy of the weights; None: the same
     config.model.attention = "auto"  # a name in models.attention.IMPLEMENTATIONS, or auto
+    config.model.scalar_head = False  # one more output, a number per token: what a classic reward model needs
     config.model.remat = True  # recompute each layer in the backward pass
     config.model.unroll = 1  # layers per step of the scan: more compile longer and may run faster
     # Patterns over the paths of the parameters to train, such as "vision/.*". None: all, with LoRA the adapters alone.
@@ -99,6 +100,14 @@ def default_config() -> ml_collections.ConfigDict:
     config.rewards.length_warmup = 20  # iterations before the length reward starts
     config.rewards.alarm = 0.05  # share of ungradable responses from which a jump is reported
     config.rewards.audit = True  # write every verdict to verdicts.jsonl
+    # Instead of the verifiers: the workdir of a reward model. The verifiers are then only logged, as accuracy_rule.
+    config.rewards.judge = config_dict.placeholder(str)
+    config.rewards.votes = 1  # of a chain-of-thought reward model on each response; 1: the most likely, else sampled
+
+    # What is trained is a reward model: no RL. Its data are judgements, such as the task equivalence, its settings sft.
+    config.reward_model = ml_collections.ConfigDict()
+    config.reward_model.kind = config_dict.placeholder(str)  # classic or chain_of_thought; None: a policy is trained
+    config.reward_model.objective = "labels"  # of a classic one; or pairs, which ranks and cannot give verdicts
 
     for stage, peak, end, kind in ((config.sft, 2e-3, 2e-4, "cosine"), (config.rl, 3e-4, 3e-4, "constant")):
         stage.optimizer = ml_collections.ConfigDict()
@@ -151,6 +160,7 @@ _AT_LEAST = {
     "rl.oversubscribe": 0,
     "rewards.workers": 0,
     "rewards.alarm": 0,
+    "rewards.votes": 1,
     "rewards.weights.length": 0,
     "rewards.weights.repetition": 0,
     "rewards.weights.format": 0,
@@ -163,6 +173,9 @@ _AT_LEAST = {
     "sampling.prefill_tokens": 1,
     "sampling.repetition.window": 0,
 }
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
@@ -182,6 +195,9 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         value = _get(config, path)
         if value is not None and value < least:
             raise ValueError(f"config.{path}={value} must be at least {least}.")
+    for name in ("dtype", "sampling_dtype"):
+        if config.model[name] not in (None, *_DTYPES):
+            raise ValueError(f"config.model.{name}={config.model[name]!r} must be one of {', '.join(_DTYPES)} or None.")
     _check_trained(config.model)
     divides("sft.micro_rows", "sft.rows")
     divides("rl.updates", "rl.problems")
@@ -193,6 +209,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     if config.rewards.deadline_s <= 0:
         raise ValueError(f"config.rewards.deadline_s={config.rewards.deadline_s} must be positive.")
     _check_sources(config.data)
+    _check_reward_model(config.reward_model, config.model)
     if config.rl.tau <= 0 or config.rl.temperature <= 0:
         raise ValueError(
             f"config.rl.tau={config.rl.tau} and config.rl.temperature={config.rl.temperature} must be positive."
@@ -203,7 +220,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
                 f"config.data.train_per_kind={config.data.train_per_kind} and heldout_per_kind="
                 f"{config.data.heldout_per_kind} must be multiples of the number of {kind} tasks, {len(tasks)}."
             )
-    if config.sft.examples_per_kind > config.data.train_per_kind:
+    if config.sft.steps and config.sft.examples_per_kind > config.data.train_per_kind:
         raise ValueError(
             f"config.sft.examples_per_kind={config.sft.examples_per_kind} exceeds config.data.train_per_kind="
             f"{config.data.train_per_kind}: the examples are the worked solutions of the first train problems."
@@ -237,6 +254,14 @@ def _check_sources(data: ml_collections.ConfigDict) -> None:
         )
     if not (data.train_file or data.text_tasks or data.image_tasks):
         raise ValueError("There are no problems: name config.data.text_tasks, image_tasks, or train_file.")
+
+
+def _check_reward_model(options: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -> None:
+    for name, allowed in (("kind", (None, "classic", "chain_of_thought")), ("objective", ("labels", "pairs"))):
+        if options[name] not in allowed:
+            raise ValueError(f"config.reward_model.{name}={options[name]!r} must be one of {allowed}.")
+    if options.kind == "classic" and not model.scalar_head:
+        raise ValueError("config.reward_model.kind='classic' gives numbers: set config.model.scalar_head=True.")
 
 
 def _check_trained(model: ml_collections.ConfigDict) -> None:

@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import threading
 import time
 
@@ -23,7 +24,7 @@ import ml_collections
 from kimi_jax import evals, report
 from kimi_jax.sampling.logits import SamplingSettings
 from kimi_jax.trainers import config as config_lib
-from kimi_jax.trainers import rl, supervised
+from kimi_jax.trainers import reward_models, rl, supervised
 from kimi_jax.trainers.interrupt import StopRequest
 from kimi_jax.trainers.setup import EVALUATION, REPORT, Setup, build
 from kimi_jax.training import distributed
@@ -37,6 +38,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     """Runs or resumes the job and returns the summary. Raises ValueError, before anything expensive, if it cannot."""
     started = time.time()
     config_lib.check_config(config)
+    if config.model.system and not config.model.path:
+        raise ValueError(
+            "config.model.system is a message to a published model, but config.model.path names none (a size alone is "
+            "enough for --dry_run). Give --config.model.path=DIR, a directory in the Hugging Face layout."
+        )
     prepare_workdir(config, workdir)
     clock = _Clock(workdir / "seconds.json", started)
     setup = build(config, workdir)
@@ -46,10 +52,19 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
         print(f"{problems}, {setup.chat.tokenizer.vocab_size} tokens, {device_name()}")
 
     with StopRequest() as stop, clock:
+        if config.reward_model.kind:
+            heldout = reward_models.train(setup, stop)
+            summary = {"seconds": round(clock.seconds(), 1), "device": device_name(), "seed": config.seed}
+            summary |= {"reward_model": config.reward_model.kind, "heldout": heldout}
+            if distributed.is_first():
+                write_json(workdir / "summary.json", summary)
+                print(f"Accuracy on {heldout['n']} held-out judgements: {heldout['accuracy']:.1%}")
+            return summary
+        judge = load_judge(setup)
         params = supervised.train(setup, supervised.sft(setup), stop) if config.sft.steps else setup.init_params()
         sft = _stored(workdir / "eval_sft.json", functools.partial(full_evaluation, setup, params))
         sft_groups = report_groups(setup, params)
-        params = rl.train(setup, params, stop)
+        params = rl.train(setup, params, stop, judge)
         summary = {
             "seconds": round(clock.seconds(), 1),
             "device": device_name(),
@@ -79,6 +94,8 @@ def prepare_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
     """Creates it, or checks that it holds a run of the same config. Raises ValueError or PermissionError."""
     path = workdir / "config.json"
     resolved = json.loads(config.to_json_best_effort())
+    if any((workdir / "hf").glob("*.safetensors")):
+        raise ValueError(f"{workdir} is an import of scripts/import_weights.py. Use another --workdir.")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -89,8 +106,9 @@ def prepare_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
                     + "\n  ".join(f"{name}: there {a!r}, now {b!r}" for name, (a, b) in differences.items())
                     + "\nUse the same settings to resume it, or another --workdir."
                 )
-            if differences:  # nothing is trained yet but the tokenizer, and that on what may be other problems now
+            if differences:  # nothing is trained yet but a tokenizer, on what may be other problems now
                 (workdir / "tokenizer.model").unlink(missing_ok=True)
+                shutil.rmtree(workdir / "hf", ignore_errors=True)  # the side files of what may be another model
         distributed.meet("config compared")
         if distributed.is_first():
             write_json(path, resolved)
@@ -104,6 +122,14 @@ def check_prompts(setup: Setup) -> None:
         prompts = setup.prompts(problems)
         for index in range(len(problems)):  # every one: a single long prompt would stop the run hours later
             setup.engine.check(prompts[index], f"problem {problems[index].id!r}")
+
+
+def load_judge(setup: Setup) -> evals.Judge | None:
+    """The reward model that gives the reward; None if the verifiers do."""
+    options = setup.config.rewards
+    if not options.judge:
+        return None
+    return reward_models.load_judge(pathlib.Path(options.judge), setup.mesh, votes=options.votes)
 
 
 def full_evaluation(setup: Setup, params: dict) -> dict:

@@ -42,7 +42,8 @@ def describe(config: ml_collections.ConfigDict, devices=None) -> str:
         *(f"{path} = {value!r}" for path, value in fields(config)),
         "",
         "# Model",
-        f"{config.model.size}, computing in {shape.dtype}; a vocabulary of at most {shape.vocab_size:,} tokens",
+        f"{config.model.path or config.model.size}, computing in {shape.dtype}; a vocabulary of at most "
+        f"{shape.vocab_size:,} tokens",
         f"parameters: {' + '.join(parts)} = {state.count:,}",
         *([f"trained: {state.count - frozen:,}; frozen in {config.model.base_dtype}: {frozen:,}"] if frozen else []),
         "",
@@ -59,10 +60,13 @@ def _batch_lines(config):
     responses = config.rl.problems * config.rl.responses
     sampling = config.sampling
     longest = min(sampling.max_tokens, config.rl.segment_tokens or sampling.max_tokens)
+    sft = (
+        f"SFT update: {config.sft.rows} rows of {tokens:,} tokens in {config.sft.rows // config.sft.micro_rows} "
+        f"micro-batches of {config.sft.micro_rows} = {config.sft.micro_rows * tokens:,} tokens"
+    )
     lines = [
         "# Batches",
-        f"SFT update: {config.sft.rows} rows of {tokens:,} tokens in {config.sft.rows // config.sft.micro_rows} "
-        f"micro-batches of {config.sft.micro_rows} = {config.sft.micro_rows * tokens:,} tokens",
+        sft if config.sft.steps else "no SFT",
         f"RL rollout: {config.rl.problems} problems × {config.rl.responses} = {responses:,} responses, each of at most "
         f"{longest:,} more tokens, {sampling.rows:,} at a time in chunks of {sampling.chunk} tokens; "
         f"prompts are read {sampling.prefill_tokens:,} tokens at a time",
@@ -94,13 +98,15 @@ def _memory_lines(config, policy, mesh, state):
     row_ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows, micro_rows = split(config.sampling.rows, row_ways), split(config.rl.micro_rows, row_ways)
     vocab = split(shape.vocab_size, tensor)
-    tokens = micro_rows * config.rows.tokens
-    # Values of a token that the backward pass of a layer reads; with remat, of one layer beside the inputs of all.
-    width = 4 * shape.width + 3 * split(shape.mlp_width, tensor) + 3 * split(shape.num_heads, tensor) * shape.head_dim
-    kept, recomputed = (shape.width, width) if config.model.remat else (width, 0)
     logits = 3 * np.dtype(np.float32).itemsize * vocab  # of a token: themselves, their softmax, their gradient
 
-    activations = tokens * itemsize * (shape.num_layers * kept + recomputed)
+    def activations(tokens: int, tower, head_dim: int) -> int:
+        """Values that the backward pass of a layer reads; with remat, of one layer beside the inputs of all."""
+        heads, mlp_width = split(tower.num_heads, tensor), split(tower.mlp_width, tensor)
+        width = 4 * tower.width + 3 * mlp_width + 3 * heads * head_dim
+        kept, recomputed = (tower.width, width) if config.model.remat else (width, 0)
+        return micro_rows * tokens * itemsize * (tower.num_layers * kept + recomputed)
+
     always = {"masters, float32": state.trained_bytes}
     if state.frozen:
         always[f"frozen parameters, {config.model.base_dtype}"] = state.masters - state.trained_bytes
@@ -115,9 +121,15 @@ def _memory_lines(config, policy, mesh, state):
         "rollout copy of the weights": state.rollout,
         "gradients, float32": state.trained_bytes,
         "optimizer moments": state.moments,
-        f"activations, {micro_rows} rows × {config.rows.tokens:,} tokens": activations,
+        f"activations, {micro_rows} rows × {config.rows.tokens:,} tokens": activations(
+            config.rows.tokens, shape, shape.head_dim
+        ),
         f"logits, {config.rows.logits_chunk} tokens per row": micro_rows * config.rows.logits_chunk * logits,
     }
+    if shape.vision and config.rows.patches:
+        update[f"activations, {micro_rows} rows × {config.rows.patches:,} patches"] = activations(
+            config.rows.patches, shape.vision, shape.vision.width // shape.vision.num_heads
+        )
     if "lora" in state.params:
         update["kernels with adapters merged, float32"] = state.merged(config.model.remat)
     lines = ["# Memory per device (estimate)"]

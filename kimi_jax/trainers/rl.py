@@ -38,7 +38,7 @@ from kimi_jax.trainers.setup import EVALUATION, ROLLOUT, Setup
 from kimi_jax.training.checkpoint import Checkpointer
 from kimi_jax.training.metrics import MetricsWriter, Stopwatch, progress
 from kimi_jax.training.step import Stepper, check_finite
-from kimi_jax.types import Outcome, StopReason
+from kimi_jax.types import Outcome, RolloutGroup, StopReason
 
 
 def loss_fn(logprobs, batch: RLBatch, hyper, *, form):
@@ -48,8 +48,10 @@ def loss_fn(logprobs, batch: RLBatch, hyper, *, form):
     return surrogate_loss(logprobs, batch, tau=hyper["tau"], form=form)
 
 
-def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
+def train(setup: Setup, params: dict, stop: StopRequest, judge: evals.Judge | None = None) -> dict:
     """Runs or resumes the stage from `params`, which it consumes, and returns its final parameters.
+
+    judge: a reward model whose verdicts take the place of the verifiers', which are then only logged.
 
     Raises Interrupted, NonFiniteError.
     """
@@ -134,6 +136,9 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
                 settings=settings,
             )
             groups = collected.groups
+            if judge and groups:
+                with watch("judge"):
+                    groups = _judged(groups, judge)
             serial += len(chosen) * config.responses
 
             # --- rewards
@@ -174,6 +179,8 @@ def train(setup: Setup, params: dict, stop: StopRequest) -> dict:
                 check_finite(update, f"RL iteration {iteration + 1}")
             metrics = _metrics(groups, rewards, components, updates, oldest_version=oldest_version, kinds=kinds)
             metrics |= collected.metrics
+            if judge:
+                metrics["accuracy_rule"] = evals.accuracy(collected.groups)
             metrics |= {f"seconds_{phase}": s for phase, s in watch.pop().items()}
             metrics["handover_bytes"] = num_bytes(rollout_params)
             metrics["ungradable_alarm"] = float(warning is not None)
@@ -224,6 +231,13 @@ def _update(setup: Setup, stepper: Stepper, state: TrainState, minibatches) -> t
     if config.reset_optimizer:  # ... to here; the step counter, and with it the schedule, runs on (k1.5 §2.3.2)
         state = dataclasses.replace(state, opt_state=None)
     return state, jax.device_get(metrics)
+
+
+def _judged(groups: list[RolloutGroup], judge: evals.Judge) -> list[RolloutGroup]:
+    """The groups with the judge's verdicts. Whether there is an answer to judge is still what the verifier says."""
+    verdicts = iter(judge([(group.problem, rollout.text) for group in groups for rollout in group.rollouts]))
+    judged = lambda ruled: dataclasses.replace(next(verdicts), well_formed=ruled.well_formed)  # noqa: E731
+    return [dataclasses.replace(group, verdicts=tuple(map(judged, group.verdicts))) for group in groups]
 
 
 def _advantages(rewards: np.ndarray, *, kind: Baseline, tau: float) -> np.ndarray:

@@ -24,10 +24,10 @@ from kimi_jax.rewards.pool import VerifierPool
 from kimi_jax.sampling.engine import Engine
 from kimi_jax.sampling.handover import make_handover
 from kimi_jax.sampling.repetition import RepetitionSettings
-from kimi_jax.tasks import find_verifier, get_task, verify
+from kimi_jax.tasks import find_verifier, get_task, get_verifier, verify
 from kimi_jax.tasks.base import make_problems, read_problems
 from kimi_jax.training import distributed, optim, sharding, trainable
-from kimi_jax.training.step import LossFn, Stepper
+from kimi_jax.training.step import LossFn, Reads, Stepper
 from kimi_jax.types import Problem, Verdict
 
 # Independent streams of randomness under one seed.
@@ -69,8 +69,9 @@ class Setup:
         like, path = self.params_like, self.config.model.path
         if not path:
             return jax.jit(init, out_shardings=_shardings(like))(self.key(INIT))
-        adapters = {name: like.pop(name) for name in ("lora",) if name in like}
-        params = hf.load_params(hf_directory(path), like)
+        published = {name: tree for name, tree in like.items() if name != "lora"}
+        adapters = {name: tree for name, tree in like.items() if name == "lora"}
+        params = hf.load_params(hf_directory(path), published)
         only = lambda key: {name: init(key)[name] for name in adapters}  # noqa: E731
         return params | jax.jit(only, out_shardings=_shardings(adapters))(self.key(INIT))
 
@@ -84,7 +85,7 @@ class Setup:
         opt_state = jax.eval_shape(stepper.init_optimizer, self.params_like) if moments else None
         return self.new_state(self.params_like, with_shardings(opt_state, stepper.moments_sharding(opt_state)))
 
-    @property
+    @functools.cached_property
     def params_like(self) -> dict:
         return params_like(self.config, self.policy, self.mesh)
 
@@ -103,8 +104,10 @@ class Setup:
     def put_rows(self, tree: Any) -> Any:
         return sharding.put_rows(self.mesh, tree)
 
-    def stepper(self, loss_fn: LossFn, options: ml_collections.ConfigDict, total_steps: int) -> Stepper:
-        return make_stepper(self.config, self.policy, self.mesh, loss_fn, options, total_steps)
+    def stepper(
+        self, loss_fn: LossFn, options: ml_collections.ConfigDict, total_steps: int, reads: Reads = "logprobs"
+    ) -> Stepper:
+        return make_stepper(self.config, self.policy, self.mesh, loss_fn, options, total_steps, reads)
 
 
 def _shardings(like: Any) -> Any:
@@ -124,7 +127,13 @@ def packing(config: ml_collections.ConfigDict, shape: ModelConfig, *, image_id: 
 
 
 def make_stepper(
-    config, policy, mesh, loss_fn: LossFn, options: ml_collections.ConfigDict, total_steps: int
+    config,
+    policy,
+    mesh,
+    loss_fn: LossFn,
+    options: ml_collections.ConfigDict,
+    total_steps: int,
+    reads: Reads = "logprobs",
 ) -> Stepper:
     """options: config.sft.optimizer or config.rl.optimizer."""
     return Stepper(
@@ -143,6 +152,7 @@ def make_stepper(
         logits_chunk=config.rows.logits_chunk,
         moments_sharding=lambda shapes: sharding.shardings(mesh, shapes, sharding.TRAIN_RULES),
         trained=trained_patterns(config),
+        reads=reads,
     )
 
 
@@ -160,6 +170,8 @@ def model_config(config: ml_collections.ConfigDict, vocab_size: int | None) -> M
     vocab_size: of the tokenizer, for a named size; None keeps that of the size.
     """
     changes = {"dtype": config.model.dtype} if config.model.dtype else {}
+    if config.model.scalar_head:
+        changes["scalar_head"] = True
     if config.model.path:
         name, shape = f"path={config.model.path!r}", hf.read_config(hf_directory(config.model.path))[1]
         shape = dataclasses.replace(shape, **changes)
@@ -255,16 +267,14 @@ def make_problem_sets(config: ml_collections.ConfigDict) -> tuple[list[Problem],
 def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setup:
     """Everything but parameters. Whatever else of a published model the run needs is copied to workdir/hf."""
     mesh = sharding.make_mesh(**config.mesh)
-    if config.model.path:  # what cannot work is refused before problems are made
-        load_chat_format(hf_directory(config.model.path))
+    check_model(config, mesh)
     own = own_verifiers(config.rewards.verifiers)
     train, heldout = make_problem_sets(config)
     for problem in (*train, *heldout):
         if problem.task not in own:
-            get_task(problem.task)
+            get_verifier(problem.task)
     chat = make_chat(config, workdir, train)
     policy = make_policy(config, mesh, model_config(config, chat.tokenizer.vocab_size))
-    params_like(config, policy, mesh)  # refuses now what could only fail after the data are prepared
     engine = make_engine(config, mesh, policy, chat)
     dtype = config.model.sampling_dtype or policy.config.dtype
     return Setup(
@@ -278,6 +288,19 @@ def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setup:
         engine=engine,
         to_rollout=make_handover(policy, mesh, dtype=dtype),
     )
+
+
+def check_model(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Refuses, before problems are made, a model or parameters to train that could only fail later.
+
+    Of a published model it reads everything but the weights. Raises ValueError or FileNotFoundError.
+    """
+    shape = model_config(config, None)
+    like = params_like(config, make_policy(config, mesh, shape), mesh)
+    if config.model.path:
+        directory = hf_directory(config.model.path)
+        load_chat_format(directory)
+        hf.check_weights(directory, {name: tree for name, tree in like.items() if name != "lora"})
 
 
 def verifier(named: Sequence[str]) -> Callable[[Problem, str], Verdict]:

@@ -23,7 +23,7 @@ from kimi_jax.trainers.interrupt import Interrupted, StopRequest
 from kimi_jax.trainers.setup import EVALUATION, Setup
 from kimi_jax.training.checkpoint import Checkpointer
 from kimi_jax.training.metrics import MetricsWriter, Stopwatch, progress
-from kimi_jax.training.step import LossFn, check_finite
+from kimi_jax.training.step import LossFn, Reads, check_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Stage:
     name: of its checkpoints, checkpoints/NAME, and of NAME_metrics.jsonl. options: its section of the config. batches:
     element i is the batch of update i + 1, a pytree of NumPy arrays whose first axis is rows, with a field `rows`.
     loss_fn: see `training.step`; hyper["weight"] is `weight(batch)`, 1 over what the loss is a mean of. summarize: from
-    the metrics of several updates to what is written. evaluate: what else is written, from parameters.
+    the metrics of several updates to what is written. evaluate: what else is written, from parameters. reads: what of
+    the policy the loss is given.
     """
 
     name: str
@@ -43,13 +44,14 @@ class Stage:
     weight: Callable[[Any], float]
     summarize: Callable[[list[dict]], dict]
     evaluate: Callable[[dict], dict]
+    reads: Reads = "logprobs"
 
 
 def train(setup: Setup, stage: Stage, stop: StopRequest) -> dict:
     """Runs or resumes the stage and returns its final parameters. Raises Interrupted, NonFiniteError."""
     config, title = stage.options, stage.name.upper()
     writer = MetricsWriter(setup.workdir / f"{stage.name}_metrics.jsonl")
-    stepper = setup.stepper(stage.loss_fn, config.optimizer, total_steps=config.steps)
+    stepper = setup.stepper(stage.loss_fn, config.optimizer, config.steps, stage.reads)
 
     # --- state: new, or from the last checkpoint
     directory = setup.workdir / "checkpoints" / stage.name

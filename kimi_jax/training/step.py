@@ -5,8 +5,9 @@
         acc = trainer.accumulate(acc, params, micro_batch, hyper)
     state, metrics = trainer.apply(state, acc)
 
-A loss is a pure function `loss_fn(logprobs, batch, hyper) -> (loss, parts)` of the log-probs of the targets. Its parts
-add up over micro-batches, except those named `max_...`, which combine by the maximum.
+A loss is a pure function `loss_fn(logprobs, batch, hyper) -> (loss, parts)` of the log-probs of the targets, or of the
+scalars that a reward model puts out. Its parts add up over micro-batches, except those named `max_...`, which combine
+by the maximum.
 
 What is not trained (`training.trainable`) passes through untouched: no gradient of it is taken, no moments exist.
 """
@@ -14,7 +15,7 @@ What is not trained (`training.trainable`) passes through untouched: no gradient
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from kimi_jax.arrays import TrainState
 from kimi_jax.models.policy import Policy
 from kimi_jax.training import trainable
 
+Reads = Literal["logprobs", "scalars"]
 LossFn = Callable[[jax.Array, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -45,13 +47,15 @@ class Stepper:
         logits_chunk: int,
         moments_sharding: Callable[[Any], Any] = lambda tree: None,
         trained: Sequence[str] = (".*",),
+        reads: Reads = "logprobs",
     ):
         """moments_sharding: from a tree that is laid out like the parameters (gradients, moments) to its shardings.
         trained: patterns over the paths of the parameters to train; a ValueError when first used if one matches none.
+        reads: the output of the policy that the loss is given.
         """
         self.policy, self.loss_fn, self.optimizer, self.schedule = policy, loss_fn, optimizer, schedule
         self.clip_norm, self.logits_chunk, self.moments_sharding = clip_norm, logits_chunk, moments_sharding
-        self.trained = trained
+        self.trained, self.reads = trained, reads
         self.init_optimizer = jax.jit(self._init_optimizer)
         self.score = jax.jit(self._score)
         self.zeros = jax.jit(self._zeros)
@@ -76,6 +80,9 @@ class Stepper:
         return self._logprobs(params, rows, temperature)[0]
 
     def _loss(self, params, batch, hyper):
+        if self.reads == "scalars":
+            loss, parts = self.loss_fn(self.policy.scalars(params, batch.rows), batch, hyper)
+            return loss, parts | {"loss": loss}
         logprobs, entropy = self._logprobs(params, batch.rows, hyper["temperature"])
         loss, parts = self.loss_fn(logprobs, batch, hyper)
         entropy = jnp.sum(jnp.where(batch.rows.loss_mask, entropy, 0.0))

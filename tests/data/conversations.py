@@ -2,6 +2,8 @@
 
 import json
 
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
 from kimi_jax.data import hf_vocab
 from kimi_jax.data.chat_template import ChatTemplate
 
@@ -103,16 +105,13 @@ TOOL_USE = [
 
 
 def vocabulary():
-    import tokenizers
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-
     backend = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(hf_vocab._ONE_DIGIT), behavior="isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     texts = [f"{json.dumps(c)}\n\n" for c in (*CONVERSATIONS.values(), TOOLS, TOOL_USE)] + [*TEMPLATES.values()]
-    trainer = tokenizers.trainers.BpeTrainer(
+    trainer = trainers.BpeTrainer(
         vocab_size=401, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     backend.train_from_iterator(texts, trainer)

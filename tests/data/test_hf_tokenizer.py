@@ -8,10 +8,10 @@ import shutil
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 
 transformers = pytest.importorskip("transformers")
 tiktoken = pytest.importorskip("tiktoken")
-tokenizers = pytest.importorskip("tokenizers")
 
 from kimi_jax.data import hf_vocab  # noqa: E402
 from kimi_jax.data.hf_tokenizer import NO_IMAGES, HFTokenizer  # noqa: E402

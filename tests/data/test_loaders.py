@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 
@@ -81,6 +82,19 @@ def test_fewer_rows_than_a_batch_still_fill_it():
     rows = batches(make_examples(2), rows_per_batch=5)[0]
     assert rows.tokens.shape == (5, 17) and rows.patches.shape == (5, 2, 3)
     assert all(contents(rows))
+
+
+def test_pairs_are_neighbours_in_one_row_in_their_order():
+    examples = make_examples(23)  # the last one has no partner
+    data = sft_batches(examples, seed=7, rows_per_batch=1, together=2, **LAYOUT | {"row_tokens": 29, "row_patches": 3})
+    seen = []
+    for step in itertools.count():
+        if len(seen) >= 22:
+            break
+        (row,) = contents(data[step])
+        assert len(row) % 2 == 0 and all(a % 2 == 0 and b == a + 1 for a, b in zip(row[::2], row[1::2], strict=True))
+        seen += row
+    assert sorted(seen) == list(range(22))
 
 
 def test_no_examples_is_an_error():

@@ -1,6 +1,8 @@
 """A question to a checkpoint on disk: what the command prints is what the engine writes with the saved weights."""
 
 import json
+import re
+import shutil
 import types
 
 import jax
@@ -18,8 +20,8 @@ from kimi_jax.sampling.logits import SamplingSettings
 from kimi_jax.trainers import setup
 from kimi_jax.training import sharding
 from kimi_jax.training.checkpoint import Checkpointer
-from scripts import sample
-from tests.trainers import miniature
+from scripts import import_weights, sample
+from tests.trainers import miniature, published
 
 VOCABULARY = 293
 TEXT = "Compute 3 + 4 * 5."
@@ -166,3 +168,124 @@ def test_only_finished_characters_are_shown():
     rollouts = [types.SimpleNamespace(text=text) for text in texts]
     assert sample.write_as_it_comes(rollouts, pieces.append) is rollouts[-1]
     assert [piece for piece in pieces if piece] == ["a", "é", "b", "\ufffd\ufffd"]
+
+
+# --- published models -----------------------------------------------------------------------------------------------
+
+WRITTEN = 19  # tokens
+RAW = "12 pips +3=? <|im_end|> \u00e9\u5de6 \U0001f642"
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    root = tmp_path_factory.mktemp("published")
+    return {family: published.write(family, root / family) for family in ("qwen2", "qwen2.5-vl")}
+
+
+def ask_model(capsys, directory, *arguments):
+    options = ["--temperature=0", f"--max_tokens={WRITTEN}", "--ignore_end", "--json"]
+    assert sample.main([f"--model={directory}", *options, *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def generated(model, inputs):
+    """What transformers writes, and log p of each of its tokens."""
+    import torch
+
+    model.generation_config = type(model.generation_config)(pad_token_id=0)
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        out = model.generate(
+            **inputs, do_sample=False, max_new_tokens=WRITTEN, output_logits=True, return_dict_in_generate=True
+        )
+    ids = out.sequences[0, length:]
+    logprobs = torch.log_softmax(torch.cat(out.logits).float(), dim=-1)
+    return ids.tolist(), logprobs[torch.arange(len(ids)), ids].numpy()
+
+
+def assert_answers_as(printed, tokenizer, model, inputs):
+    ids, logprobs = generated(model, inputs)
+    assert printed["prompt_token_ids"] == inputs["input_ids"][0].tolist()
+    assert printed["token_ids"] == ids and len(ids) == WRITTEN and len(set(ids)) > 3
+    np.testing.assert_allclose(printed["logprobs"], logprobs, atol=1e-4)
+    assert printed["text"] == tokenizer.decode(ids, skip_special_tokens=True)
+    assert printed["stop"] == "length"
+
+
+def test_a_text_is_continued_as_transformers_does(directories, capsys):
+    transformers = pytest.importorskip("transformers")
+    directory = directories["qwen2"]
+    printed = ask_model(capsys, directory, "--raw", f"--prompt={RAW}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    assert_answers_as(printed, tokenizer, model, tokenizer(RAW, return_tensors="pt"))
+
+
+def test_a_question_about_a_picture_is_answered_as_transformers_does(directories, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    import torch
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    directory, file = directories["qwen2.5-vl"], tmp_path / "noise.png"
+    PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (23, 11, 3), dtype=np.uint8)).save(file)
+    printed = ask_model(
+        capsys, directory, f"--prompt=How <image> many?{RAW[-3:]}", f"--image={file}", "--system=Reckon."
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(directory).eval()
+    options = {k: v for k, v in published.PREPROCESSOR.items() if k != "image_processor_type"}
+    pixels = Qwen2VLImageProcessorPil(**options)(PIL.Image.open(file), return_tensors="pt")
+    content = [{"type": "text", "text": "How "}, {"type": "image"}, {"type": "text", "text": f" many?{RAW[-3:]}"}]
+    messages = [{"role": "system", "content": "Reckon."}, {"role": "user", "content": content}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
+    image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    count = int(pixels["image_grid_thw"].prod()) // 4
+    ids = torch.tensor([[i for token in ids for i in [token] * (count if token == image else 1)]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == image).int()}
+    assert count == 8  # windows of 2 x 2 tokens: they are not read in order
+    assert_answers_as(printed, tokenizer, model, inputs | dict(pixels))
+
+
+def test_an_import_answers_as_its_source_and_dtype_is_that_of_the_directory(directories, tmp_path, capsys):
+    source = directories["qwen2"]
+    question = f"--prompt={RAW}"
+    expected = ask_model(capsys, source, question)
+    assert import_weights.main([f"--model={source}", f"--out={tmp_path / 'import'}"]) == 0
+    capsys.readouterr()
+    assert ask_model(capsys, tmp_path / "import", question) == expected
+    halves = ask_model(capsys, source, question, "--dtype=bfloat16")
+    assert 1e-4 < np.abs(np.subtract(halves["logprobs"][0], expected["logprobs"][0])) < 0.1
+    config = json.loads((source / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
+    (tmp_path / "import" / "hf" / "config.json").write_text(json.dumps(config))
+    assert ask_model(capsys, tmp_path / "import", question) == halves
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "complaint"),
+    [
+        ("", [], "There is no .*config.json, so .* is no model in the Hugging Face layout"),
+        ("no tokenizer", [], "no vocabulary in"),
+        ("no template", [], "no chat template in.*raw text only .--raw."),
+        ("unknown", [], "NewForCausalLM is not supported"),
+        ("qwen2", ["--image={workdir}/circles.png"], "has no vision tower. Drop --image"),
+        ("qwen2.5-vl", ["--image=absent.png"], "no image file at 'absent.png'"),
+        ("qwen2", ["--prompt="], "question is empty"),
+    ],
+)
+def test_what_is_wrong_with_a_published_model_is_one_line(
+    directories, workdir, tmp_path, capsys, family, arguments, complaint
+):
+    directory = directories.get(family, tmp_path / "model")
+    if family.startswith(("no ", "unknown")):
+        shutil.copytree(directories["qwen2"], directory)
+        if family == "no tokenizer":
+            (directory / "tokenizer.json").unlink()
+        if family == "no template":
+            (directory / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+        if family == "unknown":
+            config = json.loads((directory / "config.json").read_text())
+            (directory / "config.json").write_text(json.dumps(config | {"architectures": ["NewForCausalLM"]}))
+    arguments = [argument.format(workdir=workdir) for argument in arguments]
+    assert sample.main([f"--model={directory}", f"--prompt={TEXT}", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("Error: ") and err.count("\n") == 1 and re.search(complaint, err)

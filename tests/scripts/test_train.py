@@ -9,6 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "--config=configs/quickstart.py"
+PUBLISHED = "--config=configs/rl_qwen25_1p5b_math.py"
 
 
 def _train(*arguments):
@@ -32,6 +33,8 @@ def _train(*arguments):
         ([CONFIG, "--workdir=runs/x", "--processes=2"], "--distributed, which is missing"),
         ([CONFIG, "--workdir=runs/x", "--distributed", "--processes=2"], "give all three"),
         ([CONFIG, "--dry_run", "surplus"], "surplus"),
+        ([PUBLISHED, "--workdir=runs/x"], "Give --config.model.path=DIR"),
+        ([PUBLISHED, "--dry_run", "--config.model.path=nowhere"], "There is no nowhere/config.json"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, told):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from kimi_jax.arrays import TrainState
 from kimi_jax.models import hf
@@ -34,7 +35,6 @@ def published(tmp_path_factory):
 
 
 def write_tokenizer(path, vocab_size):
-    tokenizers = pytest.importorskip("tokenizers")
     words = {f"w{i}": i for i in range(vocab_size)}
     tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "w0")).save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text('{"eos_token": "w7", "unk_token": "w0"}')

@@ -1,5 +1,6 @@
 """Splits, drawing, the shared verdict rule, and what malformed records are told."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -60,7 +61,7 @@ def test_split_is_one_in_five_and_does_not_depend_on_the_process():
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_draws_distinct_problems_that_its_own_solutions_solve(name):
     task = TASKS[name]
-    count = {"countdown": 61, "pips": 97, "pips_rich": 97}.get(name, 211)  # two tiles have only 81 sums
+    count = 97 if "pips" in name else 61 if name == "countdown" else 211  # two tiles have only 81 sums
     train = make_problems(task, split="train", count=count, seed=3)
     heldout = make_problems(task, split="heldout", count=17, seed=3)
     ids = [p.id for p in train + heldout]
@@ -270,3 +271,10 @@ def test_errors_of_a_file_have_line_numbers(line, message, tmp_path):
     path.write_text(f"{json.dumps(RECORD)}\n\n{line}\n")
     with pytest.raises(ValueError, match=message):
         read_problems(path)
+
+
+def test_problems_of_files_have_verifiers_of_their_own():
+    problem = Problem(id="1", task="math", prompt="?", answer="\\frac{1}{2}")
+    assert verify(problem, "so it is \\boxed{0.5}").outcome == Outcome.CORRECT
+    assert verify(problem, "so it is \\boxed{0.6}").outcome == Outcome.WRONG
+    assert verify(dataclasses.replace(problem, task="exact", answer="7"), "Answer: 7").outcome == Outcome.CORRECT

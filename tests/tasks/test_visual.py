@@ -18,6 +18,9 @@ WHITE = (255, 255, 255)
 WORD = re.compile(r"\b(red|green|blue|yellow|black|squares?|circles?|triangles?|cross(es)?)\b")
 
 
+CELLS = {"": 8, "_rich": 16, "_large": 56}  # pixels
+
+
 def drawn(name: str, count: int) -> list[Problem]:
     return make_problems(TASKS[name], split="train", count=count, seed=11)
 
@@ -85,23 +88,25 @@ def test_scenes_are_answered_by_their_pixels(name):
         assert problem.solution == f"{steps_of_scene(name, things, problem.prompt)};Answer:{problem.answer}"
 
 
-@pytest.mark.parametrize("name", ["scene_count_rich", "scene_compare_rich", "scene_locate_rich"])
-def test_rich_scenes_show_their_content(name):
+@pytest.mark.parametrize("suffix", ["_rich", "_large"])
+@pytest.mark.parametrize("name", ["scene_count", "scene_compare", "scene_locate"])
+def test_rich_scenes_show_their_content(name, suffix):
     """Colours per cell from the pixels; the answer from the content."""
-    for problem in drawn(name, 61):
+    side = CELLS[suffix]
+    for problem in drawn(name + suffix, 61):
         things = things_in_id(problem)
         image = problem.images[0].astype(int)
-        assert image.shape == (64, 64, 3)
+        assert image.shape == (4 * side, 4 * side, 3)
         for row in range(4):
             for column in range(4):
-                cell = image[16 * row : 16 * row + 16, 16 * column : 16 * column + 16].reshape(-1, 1, 3)
+                cell = image[side * row :, side * column :][:side, :side].reshape(-1, 1, 3)
                 near = (np.abs(cell - np.array([visual.COLOURS[c] for c in visual.SCENE_COLOURS])) < 35).all(-1).sum(0)
                 colour = visual.SCENE_COLOURS[int(near.argmax())] if near.max() > 5 else None
                 assert colour == things.get((row + 1, column + 1), (None,))[0]
         assert answer_scene(things, problem.prompt) == problem.answer
 
 
-@pytest.mark.parametrize("style", [visual.PLAIN, visual.RICH])
+@pytest.mark.parametrize("style", [visual.PLAIN, visual.RICH, visual.LARGE])
 def test_shapes_differ_at_every_size(style):
     for size in style.sizes:
         masks = [visual.shape_mask(shape, size) for shape in visual.SHAPES]
@@ -109,11 +114,11 @@ def test_shapes_differ_at_every_size(style):
             assert all((a != b).mean() > 0.15 for b in masks[:i]), size
 
 
-@pytest.mark.parametrize("suffix", ["", "_rich"])
+@pytest.mark.parametrize("suffix", CELLS)
 def test_bars_have_the_heights_that_are_asked_for(suffix):
     for problem in drawn("bar_chart" + suffix, 151):
         image = problem.images[0].astype(int)
-        cell = 16 if suffix else 8
+        cell = CELLS[suffix]
         assert image.shape == (5 * cell, problem.difficulty * cell, 3)
         heights = {}
         for column in range(problem.difficulty):
@@ -147,11 +152,11 @@ def blots(inked: np.ndarray) -> int:
     return count
 
 
-@pytest.mark.parametrize("suffix", ["", "_rich"])
+@pytest.mark.parametrize("suffix", CELLS)
 def test_pips_are_counted_from_the_pixels(suffix):
     places = Counter()
     for problem in drawn("pips" + suffix, 151):
-        cell = 16 if suffix else 8
+        cell = CELLS[suffix]
         tiles = problem.difficulty + 1
         assert problem.images[0].shape == (cell, tiles * cell, 3) and problem.difficulty in (1, 2, 3)
         inked = (problem.images[0] < 128).all(-1).reshape(cell, tiles, cell).swapaxes(0, 1)
@@ -194,14 +199,14 @@ def test_text_images_read_like_the_chain_problem():
 def test_a_question_as_text_and_as_an_image_has_one_id_answer_and_solution():
     for seed in range(17):
         text = TASKS["chain"].draw(np.random.default_rng(seed), 3)
-        for name in ("text_image", "text_image_rich"):
+        for name in ("text_image", "text_image_rich", "text_image_large"):
             image = TASKS[name].draw(np.random.default_rng(seed), 3)
             assert (image.id, image.answer, image.solution) == (text.id, text.answer, text.solution)
 
 
 def test_only_rich_pictures_of_one_content_differ():
     content = visual.draw_scene_count(np.random.default_rng(0), 4)
-    for style, differ in ((visual.RICH, True), (visual.PLAIN, False)):
+    for style, differ in ((visual.RICH, True), (visual.LARGE, True), (visual.PLAIN, False)):
         first, second = (content.render(style, np.random.default_rng(seed)) for seed in (0, 1))
         assert (first != second).any() == differ
 

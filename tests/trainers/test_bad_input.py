@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kimi_jax.models import hf
 from kimi_jax.trainers import pipeline, rl, setup, supervised
 from kimi_jax.trainers.interrupt import StopRequest
 from kimi_jax.training.checkpoint import Checkpointer
 from kimi_jax.training.metrics import MetricsWriter
 from kimi_jax.training.step import NonFiniteError
-from tests.trainers import miniature
+from kimi_jax.types import Problem
+from tests.trainers import miniature, published
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +67,7 @@ def contents(directory: pathlib.Path) -> dict[str, bytes]:
         ({"sampling__prompt_patches": 99}, r"rows\.patches=64.*sampling\.prompt_patches = 99"),
         ({"data__image_tasks": ("pips", "text_image")}, r"multiples of the number of image tasks, 2"),
         ({"sft__examples_per_kind": 31}, r"sft\.examples_per_kind=31 exceeds config\.data\.train_per_kind=29"),
+        ({"model__dtype": "float8"}, r"model\.dtype='float8' must be one of float32, bfloat16, float16"),
         ({"rl__tau": 0.0}, r"rl\.tau=0\.0"),
         ({"rl__segment_tokens": 0}, r"rl\.segment_tokens=0 must be at least 1"),
         ({"rl__max_segment_lag": -1}, r"rl\.max_segment_lag=-1 must be at least 0"),
@@ -161,6 +164,110 @@ def test_a_checkpoint_of_another_shape(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"Step 4 of .*\n.*checkpoint float32\[1,\d*40.*, expected float32\[1,\d*44"):
         pipeline.run(miniature.get_config(), tmp_path)
     assert contents(tmp_path / "checkpoints") == before
+
+
+# --- a published model ----------------------------------------------------------------------------------------------
+
+
+def cut_short(directory):
+    shard = sorted(directory.glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-3])
+
+
+def change(name, **values):
+    def edit(directory):
+        options = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps(options | values))
+
+    return edit
+
+
+def remove(pattern):
+    return lambda directory: [path.unlink() for path in sorted(directory.glob(pattern))[:1]]
+
+
+@pytest.mark.parametrize(
+    "family, damage, told",
+    [
+        ("qwen2", remove("config.json"), "There is no .*config.json, so .* is no model in the Hugging Face layout"),
+        ("qwen2", change("config.json", architectures=["Qwen9ForCausalLM"]), "Qwen9ForCausalLM is not supported"),
+        ("qwen2", change("config.json", vocab_size=290), "tokenizer has ids up to 298, but the embedding .* 290 rows"),
+        ("qwen2", change("config.json", intermediate_size=38), "has shape .*, but config.json makes it"),
+        ("qwen2", change("config.json", num_hidden_layers=2), "lacks the tensor 'model.layers.1"),
+        ("qwen2", cut_short, r"model-\d+-of-\d+.safetensors is no sound safetensors file"),
+        ("qwen2", remove("model-*.safetensors"), r"model-00001-of-\d+.safetensors"),
+        ("qwen2", remove("tokenizer.json"), "no vocabulary in"),
+        ("qwen2", change("tokenizer_config.json", chat_template="{% if"), "chat template has a syntax error in line 1"),
+        ("qwen2", change("tokenizer_config.json", chat_template=None), "no chat template in"),
+        ("qwen3-vl", remove("preprocessor_config.json"), "no image processor in"),
+        ("qwen3-vl", change("preprocessor_config.json", patch_size=4), "patch_size=4, but the vision tower .* has 3"),
+    ],
+)
+def test_a_directory_that_is_not_sound_is_refused_before_problems_are_drawn(
+    family, damage, told, tmp_path, monkeypatch, nothing_expensive
+):
+    def refuse(config):
+        raise AssertionError("problems were drawn")
+
+    monkeypatch.setattr(setup, "make_problem_sets", refuse)
+    directory = published.write(family, tmp_path / "model")
+    damage(directory)
+    no_images = {"data__image_tasks": (), "sampling__prompt_patches": 0, "rows__patches": 0}
+    config = config_with(model__path=str(directory), **no_images)
+    with pytest.raises((ValueError, FileNotFoundError), match=told) as caught:
+        pipeline.run(config, tmp_path / "run")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "run" / "hf").exists()
+
+
+def test_a_text_model_is_not_asked_about_pictures(tmp_path, nothing_expensive):
+    directory = published.write("llama", tmp_path / "model")
+    with pytest.raises(ValueError, match="reads text alone, but config.data.image_tasks=.'pips',.*Set"):
+        pipeline.run(config_with(model__path=str(directory)), tmp_path / "run")
+
+
+def test_a_picture_without_pixels_is_named(tmp_path, monkeypatch, nothing_expensive):
+    directory = published.write("qwen2.5-vl", tmp_path / "model")
+    problem = Problem(
+        id="7", task="pips", prompt="How many? <image>", answer="0", images=(np.zeros((0, 5, 3), "uint8"),)
+    )
+    monkeypatch.setattr(setup, "make_problem_sets", lambda config: ([problem], []))
+    with pytest.raises(
+        ValueError, match=r"problem '7' of task 'pips': an image must be .*non-empty.*got .*\[0, 5, 3\]"
+    ):
+        pipeline.run(config_with(model__path=str(directory)), tmp_path / "run")
+
+
+def test_a_message_to_a_published_model_needs_one(tmp_path, not_even_built):
+    with pytest.raises(ValueError, match="config.model.path names none .*Give --config.model.path=DIR"):
+        pipeline.run(config_with(model__system="Reckon."), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_write_into_an_import(tmp_path, not_even_built):
+    published.write("qwen2", tmp_path / "hf")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="is an import of .*Use another --workdir"):
+        pipeline.run(config_with(model__path=str(tmp_path)), tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_before_training_another_model_brings_its_own_side_files(tmp_path, nothing_expensive):
+    changes = {
+        "data__image_tasks": (),
+        "sampling__prompt_patches": 0,
+        "rows__patches": 0,
+        "sampling__prompt_tokens": 41,
+    }
+    for family, extra in (("qwen2", "merges.txt"), ("llama", None)):
+        directory = published.write(family, tmp_path / family)
+        if extra:
+            (directory / extra).write_text("#version")
+        with pytest.raises(AssertionError, match="training began"):
+            pipeline.run(config_with(model__path=str(directory), **changes), tmp_path / "run")
+        copied = {path.name for path in (tmp_path / "run" / "hf").iterdir()}
+        assert (extra in copied) == bool(extra) and hf.TENSORS in copied
+        assert (tmp_path / "run/hf/config.json").read_bytes() == (directory / "config.json").read_bytes()
 
 
 # --- numbers that are none ------------------------------------------------------------------------------------------

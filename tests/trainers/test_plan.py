@@ -1,12 +1,18 @@
 """The plan of a run: its arithmetic against numbers worked out by hand."""
 
+import importlib.util
+import pathlib
 import re
 
 import jax
 import pytest
 
-from kimi_jax.trainers import plan
-from kimi_jax.trainers.config import default_config
+from kimi_jax.data.hf_images import ImageProcessor
+from kimi_jax.models.config import named_size
+from kimi_jax.tasks import verify
+from kimi_jax.trainers import plan, setup
+from kimi_jax.trainers.config import check_config, default_config
+from kimi_jax.types import Outcome
 from tests.trainers.helpers import text_config
 
 
@@ -90,3 +96,57 @@ def test_text_model_refuses_image_tasks():
     config.model.size = "qwen2.5-0.5b"
     with pytest.raises(ValueError, match=r"image_tasks=\(\)"):
         plan.describe(config)
+
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
+
+
+def config_of(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_works_out(path):
+    config = config_of(path)
+    check_config(config)
+    text = plan.describe(config)
+    count = int(re.search(r"^parameters: .* = ([\d,]+)$", text, re.M).group(1).replace(",", ""))
+    least = named_size(config.model.size).width ** 2 * 12
+    assert least < count < 10**10 and text.count("  total") == 2
+
+
+@pytest.mark.parametrize("name", ["rl_qwen25_1p5b_math", "rl_qwen25_vl_3b_vision"])
+def test_a_config_says_what_it_takes_on_one_gpu(name):
+    """In its docstring, and it is less than what JAX takes of 80 GB by itself."""
+    [path] = [path for path in CONFIGS if path.stem == name]
+    said = int(re.search(r"one GPU of 80 GB +(\d+) GiB", path.read_text()).group(1))
+    totals = [
+        float(size) for size in re.findall(r"total +([\d.]+) GiB", plan.describe(config_of(path), jax.devices()[:1]))
+    ]
+    assert max(totals) == pytest.approx(said, abs=0.5) and said < 59
+
+
+@pytest.mark.parametrize("name", ["rl_qwen25_1p5b_math", "rl_qwen25_vl_3b_vision"])
+def test_an_answer_in_the_form_that_is_asked_for_is_right_and_pictures_fit(name):
+    [path] = [path for path in CONFIGS if path.stem == name]
+    config = config_of(path)
+    config.data.train_per_kind = config.data.heldout_per_kind = 60
+    form = config.model.system.rpartition("\n")[2].partition("<")[0]
+    process_image = ImageProcessor.from_config({}, {})  # what is left out is as in Qwen2-VL and Qwen2.5-VL
+    patches = set()
+    for problem in setup.make_problem_sets(config)[0]:
+        assert verify(problem, f"First 7.\nThen 8.\n{form}{problem.answer}").outcome == Outcome.CORRECT
+        patches |= {len(process_image(image).patches) for image in problem.images}
+    assert max(patches, default=0) == config.sampling.prompt_patches
+
+
+def test_pictures_take_memory_in_an_update():
+    """2 layers of width 64: 16 rows × 112 patches keep the input of each, and of one 4 · 64 + 3 · 192 + 3 · 64 more."""
+    config = default_config()
+    config.mesh.data = 1
+    values = 16 * 112 * (2 * 64 + 4 * 64 + 3 * 192 + 3 * 64)
+    found = float(re.search(r"16 rows × 112 patches +([\d.]+) GiB", plan.describe(config)).group(1))
+    assert found == pytest.approx(4 * values / 2**30, abs=5e-4)

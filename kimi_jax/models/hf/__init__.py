@@ -19,7 +19,7 @@ from kimi_jax.models.hf.shards import read_directory
 from kimi_jax.models.hf.writing import TENSORS, copy_side_files
 from kimi_jax.models.policy import Policy
 
-__all__ = ["FAMILIES", "TENSORS", "copy_side_files", "load_params", "read_config", "save_params"]
+__all__ = ["FAMILIES", "TENSORS", "check_weights", "copy_side_files", "load_params", "read_config", "save_params"]
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
@@ -68,6 +68,13 @@ def load_params(directory: str | os.PathLike, params_like: dict, *, unused: Iter
     directory, unused = pathlib.Path(directory), tuple(unused)
     family, config = read_config(directory, unused=unused)
     return reading.load(family, family.tensors(config), read_directory(directory), params_like, unused=unused)
+
+
+def check_weights(directory: str | os.PathLike, params_like: dict, *, unused: Iterable[str] = ()) -> None:
+    """Raises what `load_params` would, as far as config.json and the headers of the files tell."""
+    directory, unused = pathlib.Path(directory), tuple(unused)
+    family, config = read_config(directory, unused=unused)
+    reading.check(family, family.tensors(config), read_directory(directory), params_like, unused=unused)
 
 
 def save_params(

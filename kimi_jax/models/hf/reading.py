@@ -17,6 +17,13 @@ from kimi_jax.models.hf.shards import Entry
 _COMPARED = 1 << 24  # bytes of two copies that are compared at once
 
 
+def check(family: Family, tensors, entries: dict[str, Entry], params_like: dict, *, unused: Iterable[str]) -> None:
+    """See `hf.check_weights`."""
+    found, _ = match(family, place(tensors, params_like), entries, unused=unused)
+    for entry in found.values():
+        entry.read()  # maps it, and refuses dtypes
+
+
 def load(family: Family, tensors, entries: dict[str, Entry], params_like: dict, *, unused: Iterable[str]) -> dict:
     """See `hf.load_params`."""
     places = place(tensors, params_like)

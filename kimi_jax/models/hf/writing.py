@@ -43,9 +43,11 @@ def tensor_dtypes(source: pathlib.Path) -> dict[str, str]:
 
 
 def _copy(source: pathlib.Path, out: pathlib.Path) -> None:
-    for path in sorted(source.iterdir()):
+    for path in sorted([*source.iterdir(), *source.glob("additional_chat_templates/*.jinja")]):
         if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name != TENSORS:
-            shutil.copyfile(path, out / path.name)
+            copy = out / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def save(

@@ -1,0 +1,67 @@
+"""Losses on scalars: what a reward model learns from labels and from comparisons (k1.5 §2.3.5).
+
+    labels         −w Σ_n [ y_n log σ(s_n) + (1 − y_n) log σ(−s_n) ]     s_n: the score, y_n: 1 if correct, else 0
+    comparisons    −w Σ_p log σ(s_p⁺ − s_p⁻)                             Bradley-Terry: P(⁺ beats ⁻) = σ(s⁺ − s⁻)
+
+The first gives log-odds of being correct, so its zero means "as likely as not". The second fixes differences alone: it
+ranks, and its zero means nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def binary_cross_entropy(
+    scalars: jax.Array, labels: jax.Array, mask: jax.Array, *, weight: jax.Array | float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy of labels at marked positions of one micro-batch.
+
+    Args:
+        scalars: float32 [R, T]. What stands where the mask is off, nan included, has no influence and gets gradient 0.
+        labels: [R, T], 0 or 1 at the marked positions, anything elsewhere.
+        mask: bool [R, T], the positions with a label.
+        weight: w, 1 / (marked positions of the whole batch).
+
+    Returns:
+        The loss, a scalar, and parts that add up over micro-batches: `nll`, the sum without the weight; `tokens`, the
+        marked positions; `right`, those whose score is on the side of its label.
+    """
+    s = jnp.where(mask, scalars, 0.0)
+    y = mask & (labels == 1)
+    nll = -jnp.sum(jnp.where(mask, jax.nn.log_sigmoid(jnp.where(y, s, -s)), 0.0))
+    right = jnp.sum(mask & ((s > 0) == y), dtype=nll.dtype)
+    parts = {"nll": nll, "tokens": jnp.sum(mask, dtype=nll.dtype), "right": right}
+    return weight * nll, jax.lax.stop_gradient(parts)
+
+
+def bradley_terry(
+    scalars: jax.Array, labels: jax.Array, mask: jax.Array, pair: jax.Array, *, pairs: int, weight: jax.Array | float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Negative log-likelihood of comparisons; both members of a pair are in the micro-batch.
+
+    Args:
+        scalars: float32 [R, T]. What stands where the mask is off, nan included, has no influence and gets gradient 0.
+        labels: [R, T], at the marked positions 1 for the better of a pair and 0 for the worse.
+        mask: bool [R, T], two positions of each pair: where its members have their scores.
+        pair: int32 [R, T], at the marked positions which pair, in 0..pairs-1.
+        pairs: how many there may be; static. A number that no position has is no pair.
+        weight: w, 1 / (pairs of the whole batch).
+
+    Returns:
+        The loss, a scalar, and parts that add up over micro-batches: `nll`, the sum without the weight; `tokens`, the
+        marked positions; `pairs`; `right`, those whose better member has the higher score.
+    """
+    s = jnp.where(mask, scalars, 0.0)
+    better = mask & (labels == 1)
+    index = jnp.where(mask, pair, 0).ravel()
+    total = lambda x: jax.ops.segment_sum(x.ravel(), index, num_segments=pairs)  # noqa: E731
+    margin = total(jnp.where(better, s, -s))  # -0.0 where the mask is off
+    exists = total(better.astype(s.dtype)) > 0
+    nll = -jnp.sum(jnp.where(exists, jax.nn.log_sigmoid(margin), 0.0))
+    parts = {
+        "nll": nll,
+        "tokens": jnp.sum(mask, dtype=nll.dtype),
+        "pairs": jnp.sum(exists, dtype=nll.dtype),
+        "right": jnp.sum(exists & (margin > 0), dtype=nll.dtype),
+    }
+    return weight * nll, jax.lax.stop_gradient(parts)
