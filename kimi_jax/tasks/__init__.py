@@ -30,8 +30,8 @@ def get_task(name: str) -> Task:
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1) or [min(TASKS)]
         raise ValueError(
-            f"no task is called {name!r}; did you mean {near[0]!r}? There are: {', '.join(sorted(TASKS))}; for problems "
-            f"of files also {', '.join(VERIFIERS)}"
+            f"no task is called {name!r}; did you mean {near[0]!r}? There are: {', '.join(sorted(TASKS))}; for "
+            f"problems of files also {', '.join(VERIFIERS)}"
         )
     return TASKS[name]
 
