@@ -14,7 +14,7 @@ given from above: a judge knows nothing of models and meshes.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kimi_jax.types import IMAGE_MARKER, Outcome, Problem, Verdict
 
@@ -62,7 +62,7 @@ def majority(votes: Sequence[bool | None]) -> Verdict:
 class ClassicJudge:
     """score_fn: from texts to the score of each, log-odds of being correct; nan where the model cannot read it."""
 
-    score_fn: Callable[[Sequence[str]], Sequence[float]]
+    score_fn: Callable[[Sequence[str]], Iterable[float]]
 
     def __call__(self, responses: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         return self.read([judgement_prompt(problem, text) for problem, text in responses])
