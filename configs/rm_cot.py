@@ -1,6 +1,10 @@
 """A chain-of-thought reward model on two CPU cores: does a response have an answer that is equal to the reference?
 
 python scripts/train.py --config=configs/rm_cot.py --workdir=runs/rm_cot
+
+Two x86 cores, shared with the run of configs/rm_classic.py and other work: 17 minutes (10 of one core). Held-out
+accuracy 95.1% of 1,000 judgements: no mistake on correct responses and on wrong numbers, one on wrong spellings, and
+71% right on wrong expressions (9*3-4).
 """
 
 from kimi_jax.trainers.config import default_config
