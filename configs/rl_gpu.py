@@ -23,7 +23,7 @@ def get_config():
         config.rows.logits_chunk = 512
 
         config.sft.examples_per_kind = 1_500
-        config.sft.steps = 10_000
+        config.sft.steps = 15_000
         config.sft.rows = 16
         config.sft.micro_rows = 16
         config.sft.eval_every = 1_000

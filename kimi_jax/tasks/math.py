@@ -113,8 +113,8 @@ def _reachable(values: tuple[int, ...]) -> frozenset[int]:
     return frozenset(made)
 
 
-def draw_countdown(rng: np.random.Generator, difficulty: int) -> Problem:
-    """A target in 10..99 to be made of `difficulty` numbers in 1..16, each used once, with + - * /.
+def draw_countdown(rng: np.random.Generator, difficulty: int) -> tuple[int, list[int], Problem]:
+    """A target in 10..99 to be made of `difficulty` numbers in 1..16, each used once: (target, numbers, problem).
 
     The target is drawn first, so targets are spread evenly; numbers are drawn until a short search finds it.
     """
@@ -128,7 +128,7 @@ def draw_countdown(rng: np.random.Generator, difficulty: int) -> Problem:
         solution = f"{' '.join(trace)} {ANSWER_MARKER} {expression}"
         if expression and len(solution) <= MAX_TRACE:
             break
-    return Problem(
+    problem = Problem(
         id=f"countdown:{','.join(map(str, sorted(numbers)))}>{target}",
         task="countdown" if difficulty == 3 else "countdown_hard",
         prompt=f"Make {target} from {', '.join(map(str, numbers))}.",
@@ -136,6 +136,7 @@ def draw_countdown(rng: np.random.Generator, difficulty: int) -> Problem:
         difficulty=difficulty,
         solution=solution,
     )
+    return target, numbers, problem
 
 
 _EXPRESSION = re.compile(r"[0-9+\-*/() ]{1,80}")
@@ -193,6 +194,12 @@ def verify_countdown(problem: Problem, text: str) -> Verdict:
 
 # Three numbers are what a small model can learn to search; with four and five it mostly runs out of tokens.
 COUNTDOWN_TASKS = tuple(
-    Task(name=name, kind="text", difficulties=difficulties, draw=draw_countdown, verify=verify_countdown)
+    Task(
+        name=name,
+        kind="text",
+        difficulties=difficulties,
+        draw=lambda rng, difficulty: draw_countdown(rng, difficulty)[-1],
+        verify=verify_countdown,
+    )
     for name, difficulties in (("countdown", (3,)), ("countdown_hard", (4, 5)))
 )

@@ -1,13 +1,13 @@
 """Pictures with exact answers: counting, comparing and locating shapes, reading bars, and arithmetic as pixels.
 
 The answer is drawn first, uniformly, and a picture is made to have it, so that guessing without looking earns little.
-(The exception is `text_image`, whose answers spread by themselves.)
+(The exceptions are `text_image` and `countdown_image`, whose answers spread by themselves.)
 
 Each task exists in a plain style of 8-pixel cells for small models, with the suffix "_rich" in a style with larger
 cells, several sizes and fonts, jitter, noise and tinted backgrounds, and with "_large" in such a style for published
 models, which see 28 or 32 pixels as one token. All ask the same under the same problem id, so what is held out in one
-is held out in the others. `text_image` shares the ids of `chain` for the same reason: a question drawn as an image
-should be answered like the same question written as text (k1.5 §2.3.5).
+is held out in the others. `text_image` shares the ids of `chain`, and `countdown_image` those of `countdown`, for the
+same reason: a question drawn as an image should be answered like the same question written as text (k1.5 §2.3.5).
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from typing import TypeVar
 import numpy as np
 
 from kimi_jax.tasks.base import ANSWER_MARKER, Task, verify_exact
-from kimi_jax.tasks.math import CHAIN, draw_chain
-from kimi_jax.types import IMAGE_MARKER, Problem
+from kimi_jax.tasks.math import CHAIN, draw_chain, draw_countdown, verify_countdown
+from kimi_jax.types import IMAGE_MARKER, Problem, Verdict
 
 T = TypeVar("T")
 
@@ -58,14 +58,18 @@ class Content:
 
     id: str
     question: str
-    steps: str  # the worked solution, up to the answer
+    solution: str  # worked, with the answer at its end
     answer: str
     difficulty: int
     render: Callable[[Style, np.random.Generator], np.ndarray]  # draws it: uint8 [height, width, 3]
 
 
 def _visual_task(
-    name: str, style: Style, difficulties: tuple[int, ...], draw_content: Callable[[np.random.Generator, int], Content]
+    name: str,
+    style: Style,
+    difficulties: tuple[int, ...],
+    draw_content: Callable[[np.random.Generator, int], Content],
+    verify: Callable[[Problem, str], Verdict],
 ) -> Task:
     def draw(rng: np.random.Generator, difficulty: int) -> Problem:
         content = draw_content(rng, difficulty)
@@ -79,10 +83,10 @@ def _visual_task(
             answer=content.answer,
             difficulty=content.difficulty,
             images=(image,),
-            solution=f"{content.steps}{ANSWER_MARKER}{content.answer}",
+            solution=content.solution,
         )
 
-    return Task(name=name, kind="image", difficulties=difficulties, draw=draw, verify=verify_exact)
+    return Task(name=name, kind="image", difficulties=difficulties, draw=draw, verify=verify)
 
 
 def _canvas(rows: int, columns: int, style: Style, rng: np.random.Generator) -> np.ndarray:
@@ -161,7 +165,7 @@ def _scene_content(task: str, scene: Scene, question: str, steps: str, answer: o
     return Content(
         id=f"{task}:{scene_code(scene)} {question}",
         question=question,
-        steps=steps,
+        solution=f"{steps}{ANSWER_MARKER}{answer}",
         answer=str(answer),
         difficulty=difficulty,
         render=functools.partial(render_scene, scene),
@@ -251,7 +255,7 @@ def draw_bar_chart(rng: np.random.Generator, difficulty: int) -> Content:
     return Content(
         id=f"bar_chart:{' '.join(f'{colour} {height}' for colour, height in heights.items())} {question}",
         question=question,
-        steps=steps,
+        solution=f"{steps}{ANSWER_MARKER}{answer}",
         answer=str(answer),
         difficulty=difficulty,
         render=functools.partial(render_bars, heights),
@@ -291,7 +295,7 @@ def draw_pips(rng: np.random.Generator, difficulty: int) -> Content:
     return Content(
         id=f"pips:{','.join(map(str, tiles))}",
         question="How many pips?",
-        steps=steps,
+        solution=f"{steps}{ANSWER_MARKER}{sums[-1]}",
         answer=str(sums[-1]),
         difficulty=difficulty,
         render=functools.partial(render_pips, tiles),
@@ -339,15 +343,15 @@ def glyph_mask(character: str, font: str, scale: int) -> np.ndarray:
     return mask.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-def render_text(text: str, style: Style, rng: np.random.Generator) -> np.ndarray:
-    """Text in lines of 8 characters, one cell each, as uint8 [lines · cell, characters · cell, 3]."""
-    image = _canvas(-(-len(text) // LINE), min(len(text), LINE), style, rng)
+def render_text(lines: Sequence[str], style: Style, rng: np.random.Generator) -> np.ndarray:
+    """Lines of text, one cell for each character, as uint8 [lines · cell, characters of the longest · cell, 3]."""
+    image = _canvas(len(lines), max(map(len, lines)), style, rng)
     font, scale = _choice(rng, style.fonts), _choice(rng, style.scales)
-    down, right = _offset(glyph_mask(text[0], font, scale), style, rng)  # of the whole text
-    for i, character in enumerate(text):
-        row, column = divmod(i, LINE)
-        mask = glyph_mask(character, font, scale)
-        _paint(image, mask, row * style.cell + down, column * style.cell + right, "black")
+    down, right = _offset(glyph_mask(lines[0][0], font, scale), style, rng)  # of the whole text
+    for row, line in enumerate(lines):
+        for column, character in enumerate(line):
+            mask = glyph_mask(character, font, scale)
+            _paint(image, mask, row * style.cell + down, column * style.cell + right, "black")
     return image
 
 
@@ -357,22 +361,36 @@ def draw_text_image(rng: np.random.Generator, difficulty: int) -> Content:
     return Content(
         id=problem.id,
         question="Compute",
-        steps=problem.solution.removesuffix(f"{ANSWER_MARKER}{problem.answer}"),
+        solution=problem.solution,
         answer=problem.answer,
         difficulty=difficulty,
-        render=functools.partial(render_text, expression),
+        render=functools.partial(render_text, [expression[i : i + LINE] for i in range(0, len(expression), LINE)]),
+    )
+
+
+def draw_countdown_image(rng: np.random.Generator, difficulty: int) -> Content:
+    """A `countdown` problem whose target and numbers are drawn, line by line; its solution begins by reading them."""
+    target, numbers, problem = draw_countdown(rng, difficulty)
+    return Content(
+        id=problem.id,
+        question="Make the first number from the others.",
+        solution=f"{target} from {', '.join(map(str, numbers))}. {problem.solution}",
+        answer=problem.answer,
+        difficulty=difficulty,
+        render=functools.partial(render_text, [str(target), *map(str, numbers)]),
     )
 
 
 VISUAL_TASKS = tuple(
-    _visual_task(name + suffix, style, difficulties, draw_content)
+    _visual_task(name + suffix, style, difficulties, draw_content, verify)
     for suffix, style in (("", PLAIN), ("_rich", RICH), ("_large", LARGE))
-    for name, difficulties, draw_content in (
-        ("scene_count", (2, 4, 6), draw_scene_count),
-        ("scene_compare", (1, 2, 4), draw_scene_compare),
-        ("scene_locate", (3, 6, 9), draw_scene_locate),
-        ("bar_chart", (3, 4, 5), draw_bar_chart),
-        ("pips", (1, 2, 3), draw_pips),
-        ("text_image", CHAIN.difficulties, draw_text_image),
+    for name, difficulties, draw_content, verify in (
+        ("scene_count", (2, 4, 6), draw_scene_count, verify_exact),
+        ("scene_compare", (1, 2, 4), draw_scene_compare, verify_exact),
+        ("scene_locate", (3, 6, 9), draw_scene_locate, verify_exact),
+        ("bar_chart", (3, 4, 5), draw_bar_chart, verify_exact),
+        ("pips", (1, 2, 3), draw_pips, verify_exact),
+        ("text_image", CHAIN.difficulties, draw_text_image, verify_exact),
+        ("countdown_image", (3,), draw_countdown_image, verify_countdown),
     )
 )

@@ -8,6 +8,7 @@ import pytest
 
 from kimi_jax.tasks import TASKS, visual
 from kimi_jax.tasks.base import make_problems
+from kimi_jax.tasks.math import parse_expression
 from kimi_jax.types import Problem
 
 # Widths of the rows of the plain shapes: drawn here by hand, not taken from the code.
@@ -202,6 +203,20 @@ def test_a_question_as_text_and_as_an_image_has_one_id_answer_and_solution():
         for name in ("text_image", "text_image_rich", "text_image_large"):
             image = TASKS[name].draw(np.random.default_rng(seed), 3)
             assert (image.id, image.answer, image.solution) == (text.id, text.answer, text.solution)
+
+
+def test_countdown_images_show_the_target_and_the_numbers():
+    glyphs = {visual.glyph_mask(c, "regular", 1).tobytes(): c for c in "0123456789"}
+    for problem in drawn("countdown_image", 53):
+        lines = []
+        for line in np.split(problem.images[0], 4):
+            inked = [(cell == 0).all(-1) for cell in np.split(line, 2, axis=1)]
+            lines.append(int("".join(glyphs[cell[:7, 1:6].tobytes()] for cell in inked if cell.any())))
+        target, *numbers = lines
+        assert parse_expression(problem.answer) == (sorted(numbers), target)
+        assert problem.solution.startswith(f"{target} from {', '.join(map(str, numbers))}. ")
+        assert TASKS["countdown_image"].verify(problem, problem.solution).outcome == "correct"
+        assert problem.id == f"countdown:{','.join(map(str, sorted(numbers)))}>{target}"  # that of its twin
 
 
 def test_only_rich_pictures_of_one_content_differ():
