@@ -29,6 +29,7 @@ setup(
         "tqdm>=4.70,<5",
     ],
     extras_require={
+        "curation": ["cyaron>=0.7,<0.8", "datasketch>=2,<3"],  # making problem sets: test cases, near-duplicates
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         # What tests compare published models with; not needed to run anything.

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _bench_probes import Clock, peak_memory, probes, random_matrices
+from _bench_probes import Clock, probes, random_matrices
 
 from kimi_jax.arrays import TrainState
 from kimi_jax.data.packing import pack_rows
@@ -24,6 +24,7 @@ from kimi_jax.trainers import setup
 from kimi_jax.trainers.config import default_config
 from kimi_jax.trainers.supervised import SFTBatch, loss_fn
 from kimi_jax.training import sharding
+from kimi_jax.training.metrics import peak_memory
 from kimi_jax.types import Example, Prompt, Request, Segment
 
 _ENTROPY = 1.0  # nats, of the next token

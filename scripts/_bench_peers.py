@@ -20,10 +20,12 @@ def measure_tunix(shape: ModelConfig, request: dict) -> dict:
     import importlib.metadata
 
     import jax
-    from _bench_probes import Clock, peak_memory, probes, random_matrices
+    from _bench_probes import Clock, probes, random_matrices
     from flax import nnx
     from tunix.generate.sampler import CacheConfig, Sampler
     from tunix.models.qwen2 import model as qwen2
+
+    from kimi_jax.training.metrics import peak_memory
 
     rows, prompt, new = request["rows"], request["prompt"], request["new"]
     measured, clock = probes(), Clock()

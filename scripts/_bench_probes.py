@@ -66,11 +66,6 @@ def _median_seconds(program: Callable[[jax.Array], jax.Array], x: jax.Array, spa
     return statistics.median(seconds[1:])
 
 
-def peak_memory() -> int | None:
-    """Most bytes that device 0 held since the process started; None where the backend does not say."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
 def random_matrices(tree: Any, seed: int) -> Any:
     """Every leaf of at least two axes drawn anew, with standard deviation 0.02; the others as they are.
 

@@ -57,6 +57,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for command in (decode, rollout):
         command.add_argument("--rows", type=_count, default=64, help="responses in flight (64)")
         command.add_argument("--peers", type=_peers, default=[], help=f"none, all, or some of {','.join(PEERS)}")
+        command.add_argument("--peer_seconds", type=_count, default=900, help="after which a peer is given up (900)")
     decode.add_argument("--prompt", type=_count, default=128, help="tokens of a prompt (128)")
     decode.add_argument("--new", type=_count, default=512, help="tokens to write per row, at least 2 (512)")
     decode.add_argument("--live", type=_lengths, help="as 4096,128*63: a prompt each; instead of --rows and --prompt")
@@ -136,11 +137,11 @@ def measure_peers(args: argparse.Namespace) -> dict[str, dict]:
     request = {"shape": args.shape, "seed": args.seed}
     if args.command == "decode":
         request |= {"rows": len(args.live), "prompt": max(args.live), "new": args.new, "repeats": args.repeats}
-        return {name: run_peer(name, request) for name in args.peers}
+        return {name: run_peer(name, request, args.peer_seconds) for name in args.peers}
     lengths = ours.draw_lengths(range(args.problems * args.responses), args)
     batches = math.ceil(len(lengths) / args.rows)
     request |= {"rows": args.rows, "prompt": args.prompt, "new": max(lengths), "repeats": 1}  # batches are all alike
-    peers = {name: run_peer(name, request) for name in args.peers}
+    peers = {name: run_peer(name, request, args.peer_seconds) for name in args.peers}
     for peer in peers.values():
         if "error" not in peer:
             peer |= {"seconds": batches * peer["seconds"], "batches": batches}
@@ -148,11 +149,15 @@ def measure_peers(args: argparse.Namespace) -> dict[str, dict]:
     return peers
 
 
-def run_peer(name: str, request: dict) -> dict:
+def run_peer(name: str, request: dict, seconds: float) -> dict:
     if importlib.util.find_spec(PEERS[name]) is None:
         return {"error": f"{PEERS[name]} is not installed"}
     program = str(pathlib.Path(__file__).with_name("_bench_peers.py"))
-    done = subprocess.run([sys.executable, program, name, json.dumps(request)], capture_output=True, text=True)
+    command = [sys.executable, program, name, json.dumps(request)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"error": f"it had not ended after {seconds} s; allow more with --peer_seconds"}
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])

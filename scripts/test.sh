@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_setup.sh
 
 python=$(choose_python)
-extras=(test)
+extras=(test curation)
 # Large downloads: the compiler for TPUs, which needs no TPU, and PyTorch with transformers, which published models are compared
 # with. Without them those tests are skipped, and pytest says so.
 [[ "${CI:-}" != true && "${KIMI_JAX_EXTRA:-}" != tpu ]] || extras+=(tpu)
@@ -19,6 +19,6 @@ export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1
 
 # The newest supported JAX needs Python 3.12. Where that is what just ran, there is nothing left to do.
 if .venv/bin/python -c 'import sys; sys.exit(sys.version_info >= (3, 12))' && python312=$(find_python 3.12); then
-  set_up .venv312 "$python312" test
+  set_up .venv312 "$python312" test curation
   .venv312/bin/python -m pytest -m smoke
 fi

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import tqdm
 
 from kimi_jax.training import distributed
@@ -124,6 +125,11 @@ def progress(iterable: Iterable | None = None, *, desc: str, total: int | None =
         maxinterval=interval,
         dynamic_ncols=True,
     )
+
+
+def peak_memory() -> int | None:
+    """Most bytes that device 0 held since the process started; None where the backend does not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 class Stopwatch:

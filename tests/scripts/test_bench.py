@@ -75,7 +75,7 @@ def test_decode(capsys):
 def test_rollout(capsys, monkeypatch):
     requests = []
 
-    def run_peer(name, request):
+    def run_peer(name, request, seconds):
         requests.append(request)
         return {"seconds": 5.0} if name == "tunix" else {"error": "not today"}
 
@@ -148,9 +148,10 @@ def test_lengths_of_rows():
 
 def test_a_peer_that_is_missing_or_fails(monkeypatch):
     monkeypatch.setitem(bench.PEERS, "tunix", "a_package_that_nobody_has")
-    assert bench.run_peer("tunix", {}) == {"error": "a_package_that_nobody_has is not installed"}
+    assert bench.run_peer("tunix", {}, 60) == {"error": "a_package_that_nobody_has is not installed"}
     monkeypatch.setitem(bench.PEERS, "tunix", "json")
-    assert "Error" in bench.run_peer("tunix", {})["error"]
+    assert "Error" in bench.run_peer("tunix", {}, 60)["error"]
+    assert "--peer_seconds" in bench.run_peer("tunix", {}, 0.01)["error"]
 
 
 @pytest.mark.parametrize(
