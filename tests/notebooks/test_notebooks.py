@@ -21,10 +21,12 @@ TINY = {
         "ITERATIONS": 3,
         "SEGMENT": 8,
     },
+    "03_rewards": {"K": 5, "JUDGEMENTS": 41, "DEADLINE_S": 0.5},
 }
 PRINTED = {
     "01_quickstart": ["sampled accuracy"],
     "02_rollouts": [f"{n} of {n} responses are the same" for n in (12, 4, 10)],
+    "03_rewards": ["2 tests passed", "'ungradable'", "time_limit", "Verdict(outcome=<Outcome.CORRECT"],
 }
 
 
