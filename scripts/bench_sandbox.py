@@ -1,7 +1,8 @@
-"""How fast the sandbox is, beside others, and whether it loses anything under load.
+"""How fast the sandbox is, beside others, whether it loses anything under load, and whether verdicts are the same.
 
     python scripts/bench_sandbox.py speed --runs=200 --workers=2
     python scripts/bench_sandbox.py load --judgements=5000 --clients=64
+    python scripts/bench_sandbox.py repeat --times=20
 
 speed  `start`: from a request to the end of a Python program that does nothing, one after the other: median and p99 in
        ms. `per_s_core`: the same from as many threads as there are processors, divided by them. For a plain process;
@@ -9,8 +10,10 @@ speed  `start`: from a request to the end of a Python program that does nothing,
        for bubblewrap and crun with a new sandbox each time and no supervisor. The launch alone is `start` less that of
        plain. All run `python3 -S`, in turns, so that what else the machine does is shared.
 load   A service in a process of its own, many clients, programs that are right, wrong, slow and hostile; it is killed
-       and restarted in the middle. Counts verdicts that are lost or not what they should be, the most memory that the
-       service had, and processes that are left. --keep does not kill it.
+       and restarted in the middle. Counts answers that are lost, wrong, or those of another program, the most memory
+       that the service had, and processes and control groups that are left. --keep does not kill it.
+repeat The same programs in every language here, and those of `load`, many times, each time in another order: counts
+       those whose verdicts differ.
 
 Prints a line per figure and, last, one JSON line. Exit status: 0 measured; 1 a verdict was wrong or a process was left;
 2 what was given cannot work.
@@ -32,11 +35,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kimi_jax.rewards.sandbox.api import JudgeRequest, Test  # noqa: E402
+from kimi_jax.rewards.sandbox import cgroups  # noqa: E402
+from kimi_jax.rewards.sandbox.api import JudgeRequest, RunRequest, Test  # noqa: E402
 from kimi_jax.rewards.sandbox.client import SandboxClient  # noqa: E402
 from kimi_jax.rewards.sandbox.pool import LocalSandbox  # noqa: E402
 
@@ -48,7 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    speed, load = (commands.add_parser(name, allow_abbrev=False) for name in ("speed", "load"))
+    speed, load, repeat = (commands.add_parser(name, allow_abbrev=False) for name in ("speed", "load", "repeat"))
     speed.add_argument("--runs", type=int, default=200, help="of each (200)")
     speed.add_argument("--rounds", type=int, default=5, help="in which they take turns (5)")
     speed.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads (one per processor)")
@@ -59,6 +64,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     load.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the service")
     load.add_argument("--seed", type=int, default=0, help="of the mixture of programs (0)")
     load.add_argument("--keep", action="store_true", help="do not kill the service in the middle")
+    repeat.add_argument("--times", type=int, default=20, help="(20)")
+    repeat.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the sandbox")
+    repeat.add_argument("--seed", type=int, default=0, help="of the order (0)")
     return parser.parse_args(argv)
 
 
@@ -80,6 +88,10 @@ def _bwrap(path: str) -> Callable[[], None]:
     return _command([path, "--unshare-all", "--die-with-parent", *places, "--clearenv", "--", *PYTHON])
 
 
+def _own_ids() -> dict[str, int]:
+    return {"uid": os.getuid(), "gid": os.getgid()}
+
+
 def _crun(path: str, directory: str) -> Callable[[], None]:
     """A bundle with the same view as bubblewrap's."""
     root = pathlib.Path(directory, "rootfs")
@@ -89,16 +101,18 @@ def _crun(path: str, directory: str) -> Callable[[], None]:
         (root / name).symlink_to(f"usr/{name}")
     mounts = [
         {"destination": "/proc", "type": "proc", "source": "proc"},
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755", "size=64k"]},
         {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["size=128m"]},
         {"destination": "/usr", "type": "bind", "source": "/usr", "options": ["rbind", "ro"]},
     ]
-    spaces = [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")]
+    spaces = [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount", "user")]
+    maps = {f"{kind}Mappings": [{"containerID": 0, "hostID": own, "size": 1}] for kind, own in _own_ids().items()}
     process = {"args": list(PYTHON), "cwd": "/", "user": {"uid": 0, "gid": 0}, "noNewPrivileges": True}
     spec = {
         "ociVersion": "1.0.0",
         "root": {"path": "rootfs", "readonly": True},
         "mounts": mounts,
-        "linux": {"namespaces": spaces},
+        "linux": {"namespaces": spaces, **maps},
     }
     pathlib.Path(directory, "config.json").write_text(json.dumps(spec | {"process": process}))
     counter = iter(range(10**9))
@@ -181,18 +195,33 @@ PROGRAMS = (
 )
 
 
-def workload(number: int, seed: int) -> list[tuple[JudgeRequest, str]]:
-    """Requests, no two of which have the same right answer, each with the status that it must get."""
+Job = tuple[JudgeRequest | RunRequest, str, str]
+
+
+def workload(number: int, seed: int) -> list[Job]:
+    """Requests, each with the status that it must get, and words that only its own answer has, if it has any."""
     chosen = random.Random(seed).choices(PROGRAMS, [weight for _, _, weight in PROGRAMS], k=number)
-    jobs = []
+    jobs: list[Job] = []
     for n, (code, status, _) in enumerate(chosen):
-        test = Test(stdin=str(n * n), expected=str(n * n + n))
-        limit = 0.2 if status == "time_limit" else 5.0
-        request = JudgeRequest(
-            language="python", code=code.format(n=n), tests=[test], time_limit_s=limit, memory_limit_mb=64
-        )
-        jobs.append((request, status))
+        right = n * n + n
+        common: dict[str, Any] = {"language": "python", "code": code.format(n=n), "memory_limit_mb": 64}
+        common["time_limit_s"] = 0.2 if status == "time_limit" else 5.0
+        words = {"wrong_answer": f"expected '{right}'", "runtime_error": f"ValueError: {n}\n"}.get(status, "")
+        if status == "ok" and n % 2:
+            jobs.append((RunRequest(stdin=str(n * n), **common), status, f"\n{right}\n"))
+        else:
+            test = Test(stdin=str(n * n), expected=str(right))
+            jobs.append((JudgeRequest(tests=[test], **common), status, words))
     return jobs
+
+
+def ask(client: SandboxClient, request: JudgeRequest | RunRequest) -> tuple[str, str]:
+    """The status of an answer, and what it says."""
+    if isinstance(request, RunRequest):
+        result = client.run(request)
+        return result.status, f"\n{result.stdout}"
+    judgement = client.judge(request)
+    return judgement.verdicts[-1].status if judgement.verdicts else judgement.outcome, f"{judgement.feedback}\n"
 
 
 def start_service(workers: int, port: int = 0) -> tuple[subprocess.Popen, int]:
@@ -218,22 +247,24 @@ def descendants(pid: int) -> set[int]:
 
 def load(arguments: argparse.Namespace) -> dict:
     jobs = workload(arguments.judgements, arguments.seed)
+    places = set(cgroups.find()[0].values())
     service, port = start_service(arguments.workers)
-    own, done, peak = threading.local(), threading.Semaphore(0), 0
+    services = [service.pid]
+    own, done, peak = threading.local(), threading.Semaphore(0), 0.0
 
-    def judged(job: tuple[JudgeRequest, str]) -> str:
+    def answer(job: Job) -> str:
         if not hasattr(own, "client"):
             own.client = SandboxClient(f"http://127.0.0.1:{port}")
-        judgement = own.client.judge(job[0])
+        status, text = ask(own.client, job[0])
         done.release()
-        return judgement.verdicts[-1].status if judgement.verdicts else judgement.outcome
+        return status if job[2] in text else f"{status} with {text!r:.60}"
 
     def memory_mb() -> float:
         return int(pathlib.Path(f"/proc/{service.pid}/statm").read_text().split()[1]) * 4096 / 2**20
 
-    begin, family = time.perf_counter(), set()
+    begin, family = time.perf_counter(), set[int]()
     with concurrent.futures.ThreadPoolExecutor(arguments.clients) as pool:
-        answers = pool.map(judged, jobs)
+        answers = pool.map(answer, jobs)
         for i in range(len(jobs)):
             done.acquire()
             if i % 50 == 0:
@@ -243,6 +274,7 @@ def load(arguments: argparse.Namespace) -> dict:
                 service.send_signal(signal.SIGKILL)
                 service.communicate()
                 service, _ = start_service(arguments.workers, port)
+                services.append(service.pid)
         verdicts = list(answers)
     seconds = time.perf_counter() - begin
     family |= descendants(service.pid)
@@ -261,15 +293,53 @@ def load(arguments: argparse.Namespace) -> dict:
         "lost_or_wrong": len(jobs) - len(verdicts) + len(wrong),
         "service_peak_mb": round(peak, 1),
         "processes_left": sum(pathlib.Path(f"/proc/{pid}").exists() for pid in family),
+        "groups_left": sum(len(list(place.glob(f"kimi_jax_sandbox_{pid}_*"))) for place in places for pid in services),
         "killed_in_the_middle": not arguments.keep,
+    }
+
+
+# --- repeat -----------------------------------------------------------------------------------------------------------
+
+
+def repeat(arguments: argparse.Namespace) -> dict:
+    sys.path.append(str(ROOT / "tests/rewards/sandbox"))
+    import programs
+
+    tables = (programs.DOUBLE, programs.DOES_NOT_COMPILE, programs.EXITS_WITH_3, programs.TAKES_MEMORY)
+    tests = [Test(stdin="3\n", expected="6"), Test(stdin="-5\n", expected="-10")]
+    with LocalSandbox(workers=arguments.workers) as sandbox:
+        requests = [
+            JudgeRequest(language=name, code=code, tests=tests, time_limit_s=5.0, memory_limit_mb=64)
+            for table in tables
+            for name, code in table.items()
+            if name in sandbox.profiles["default"].languages
+        ]
+        requests += [request for request, _, _ in workload(100, arguments.seed) if isinstance(request, JudgeRequest)]
+        verdicts: list[set[tuple[str, ...]]] = [set() for _ in requests]
+        rng = random.Random(arguments.seed)
+        for _ in range(arguments.times):
+            order = rng.sample(range(len(requests)), len(requests))
+            for i, future in [(i, sandbox.submit(requests[i])) for i in order]:
+                verdicts[i].add((future.result().outcome, *(verdict.status for verdict in future.result().verdicts)))
+    for request, found in zip(requests, verdicts, strict=True):
+        if len(found) > 1:
+            print(f"{sorted(found)}: {request.language}, {request.code!r:.100}")
+    return {
+        "command": "repeat",
+        "programs": len(requests),
+        "languages": sorted({request.language for request in requests}),
+        "times": arguments.times,
+        "kinds_of_verdict": sorted({found[-1] for kinds in verdicts for found in kinds}),
+        "different": sum(len(found) > 1 for found in verdicts),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    result = speed(arguments) if arguments.command == "speed" else load(arguments)
+    result = {"speed": speed, "load": load, "repeat": repeat}[arguments.command](arguments)
     print(json.dumps(result))
-    return 1 if result.get("lost_or_wrong") or result.get("processes_left") else 0
+    failures = ("lost_or_wrong", "processes_left", "groups_left", "different")
+    return 1 if any(result.get(failure) for failure in failures) else 0
 
 
 if __name__ == "__main__":

@@ -79,13 +79,18 @@ def find(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> tuple[
     return {}, 0
 
 
+def remove_stale(parent: pathlib.Path) -> None:
+    """Removes the groups of services that were killed, once their sandboxes have ended."""
+    for stale in parent.glob(f"{_PREFIX}*"):
+        if not pathlib.Path(f"/proc/{stale.name.removeprefix(_PREFIX).split('_')[0]}").exists():
+            with contextlib.suppress(OSError):
+                stale.rmdir()
+
+
 def _usable(parent: pathlib.Path) -> bool:
-    """Whether a group can be made there. Also removes those of services that were killed."""
+    """Whether a group can be made there."""
     with contextlib.suppress(OSError):
-        for stale in parent.glob(f"{_PREFIX}*"):
-            if not pathlib.Path(f"/proc/{stale.name.removeprefix(_PREFIX).split('_')[0]}").exists():
-                with contextlib.suppress(OSError):
-                    stale.rmdir()
+        remove_stale(parent)
         attempt = parent / f"{_PREFIX}{os.getpid()}_probe"
         attempt.mkdir()
         attempt.rmdir()

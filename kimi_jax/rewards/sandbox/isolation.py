@@ -115,7 +115,8 @@ class Zygote:
         return Box(self, self._serial, ours)
 
     def discard(self, serial: int) -> None:
-        """Kills all that runs in a sandbox, and waits until it is gone."""
+        """Kills all that runs in a sandbox, and waits until it is gone: till then its scratch space is in memory, and
+        on the account of the control group that the next one shares."""
         self._conn.settimeout(_START_S)
         self._conn.send(f"kill {serial}".encode())
         while (answer := self._conn.recv(10_000)) != f"gone {serial}".encode():

@@ -164,6 +164,8 @@ class LocalSandbox:
                 self._queue.put(None)
         for thread in self._threads:
             thread.join()
+        for parent in self._groups.values():  # of one that was killed just before this one started
+            cgroups.remove_stale(parent)
 
     def __enter__(self) -> "LocalSandbox":
         return self

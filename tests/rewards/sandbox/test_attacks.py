@@ -48,7 +48,7 @@ def state_of_the_machine() -> dict:
         "groups": sorted(str(g) for base in groups for g in base.glob(f"**/kimi_jax_sandbox_{os.getpid()}_*")),
         "shared memory": sorted(os.listdir("/dev/shm")),
         "segments": pathlib.Path("/proc/sysvipc/shm").read_text(),
-        "here": sorted(os.listdir()),
+        "files": {place: sorted(os.listdir(place)) for place in (".", "/", "/etc", "/dev", "/usr", "/usr/bin")},
         "scratch": sorted(name for name in os.listdir("/tmp") if "sandbox" in name),
     }
 

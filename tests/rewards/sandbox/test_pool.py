@@ -1,6 +1,7 @@
 """Programs of which one knows how they end, in every language that this machine has."""
 
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -142,9 +143,49 @@ exit()
     assert "/tmp [] [('HOME', '/tmp'), ('LANG', 'C.UTF-8')" in result and "('UTC', 'UTC')" in result
 
 
+@pytest.mark.parametrize(
+    ("code", "pieces"),
+    [
+        ("def f(x):\n    return 1 / x\nf(0)", ["line 3,", "f(0)", "line 2, in f", "return 1 / x", "ZeroDivisionError"]),
+        ("x = 1\nx = = 3", ["line 2", "x = = 3", "SyntaxError"]),
+        ("try: {}[1]\nexcept KeyError as e: raise ValueError from e", ["line 1", "KeyError", "line 2", "ValueError"]),
+    ],
+)
+def test_tracebacks_show_the_lines_of_the_program_and_no_others(sandbox, code, pieces):
+    text = sandbox.run(python(code)).stderr
+    assert "exec" not in text
+    for piece in pieces:
+        assert piece in text
+        text = text[text.index(piece) :]
+
+
 def test_bytes_that_are_no_text_are_replaced(sandbox):
     result = sandbox.run(python("import os\nos.write(1, bytes(range(128, 133)) + b'ok')"))
     assert result.status is Status.OK and result.stdout == "\ufffd" * 5 + "ok"
+
+
+JUNK = bytes(random.Random(5).choices(range(256), k=4001)).decode("latin-1")
+
+
+@pytest.mark.parametrize("code", ["", " \n", "\0", "\ud800", JUNK])
+def test_what_is_no_program_is_wrong_in_every_language(sandbox, code):
+    asked = {
+        name: sandbox.submit(JudgeRequest(language=name, code=code, tests=cases_of(("1\n", "2")), time_limit_s=10))
+        for name in available(sandbox, programs.DOUBLE)
+    }
+    for name, answer in asked.items():
+        judgement = answer.result()
+        assert judgement.outcome == "wrong" and judgement.feedback, (name, judgement)
+        assert judgement.verdicts[0].status in ("wrong_answer", "runtime_error", "compile_error"), (name, judgement)
+
+
+def test_a_hundred_megabytes_of_output_are_cut_and_named(sandbox):
+    code = "import os\nfor i in range(1600): os.write(1, b'\\xff\\0' * 32768)"
+    result = sandbox.run(python(code, time_limit_s=5))
+    assert (result.status, result.feedback) == (Status.OUTPUT_LIMIT, "output limit of 16 MB exceeded")
+    assert len(result.stdout) == 16 << 20
+    judgement = sandbox.judge(JudgeRequest(language="python", code=code, tests=cases_of(("", "")), time_limit_s=5))
+    assert (judgement.outcome, judgement.verdicts[0].status) == ("wrong", Status.OUTPUT_LIMIT)
 
 
 def test_large_input_and_output_go_through(sandbox):

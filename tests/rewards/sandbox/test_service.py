@@ -19,6 +19,7 @@ from kimi_jax.rewards.sandbox.client import SandboxClient, SandboxUnreachable
 
 ROOT = pathlib.Path(__file__).parents[3]
 sys.path.append(str(ROOT / "scripts"))
+from bench_sandbox import ask as ask_client  # noqa: E402
 from bench_sandbox import descendants, workload  # noqa: E402
 
 
@@ -160,15 +161,15 @@ def test_many_clients_lose_nothing_when_the_service_is_killed():
     done = threading.Semaphore(0)
     own = threading.local()
 
-    def judged(job):
+    def answer(job):
         if not hasattr(own, "client"):
             own.client = SandboxClient(f"http://127.0.0.1:{port}", patience_s=60)
-        verdict = own.client.judge(job[0]).verdicts[-1].status
+        status, text = ask_client(own.client, job[0])
         done.release()
-        return verdict
+        return status, job[2] in text
 
     with concurrent.futures.ThreadPoolExecutor(64) as pool:
-        verdicts = pool.map(judged, jobs)
+        answers = pool.map(answer, jobs)
         for _ in range(50):
             done.acquire()
         family = descendants(process.pid)
@@ -176,7 +177,7 @@ def test_many_clients_lose_nothing_when_the_service_is_killed():
         process.send_signal(signal.SIGKILL)
         process.communicate()
         process, _ = start("--output_mb=1", port=port)
-        assert list(verdicts) == [status for _, status in jobs]
+        assert list(answers) == [(status, True) for _, status, _ in jobs]
     family |= descendants(process.pid)
     process.terminate()
     process.communicate(timeout=20)
