@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kimi_jax.arrays import RLBatch
+from kimi_jax.losses.responses import comparison, in_loss, per_response
 
 Baseline = Literal["mean", "log_z"]
 Form = Literal["sequence", "length_normalized", "token"]
@@ -79,20 +80,12 @@ def surrogate_loss(
         form: which of the three; static.
 
     Returns:
-        The loss, a scalar, and its parts. Those that add up over micro-batches:
+        The loss, a scalar, and its parts, which add up over micro-batches:
 
         policy               −Σ_j w_j (r_j − b) ℓ_j, as the form scales it
         regularizer          the rest: loss = policy + regularizer
-        responses            number of responses with a token in the loss
-        tokens               number of tokens in the loss
-        squared_log_ratio    Σ_j Δ_j²; over `responses` a mean
-        log_ratio            Σ_t log π_θ,t − log π_i,t over all tokens; over `tokens` a mean, as are the next two
-        kl                   Σ_t e^d − 1 − d with d = log π_θ,t − log π_i,t: for tokens sampled from π_i an unbiased,
-                             never negative estimate of KL(π_i ‖ π_θ), the direction that needs no ratio weights
-        logprob_gap          Σ_t |log π_i,t − log μ_t|, μ the sampler: numerics alone where π_i sampled the token,
-                             with policy lag where an earlier iteration did
 
-        and those that combine by the maximum: `max_log_ratio`, max_j |Δ_j|, and `max_logprob_gap`, over tokens.
+        and those of `responses.comparison`.
 
     Raises:
         ValueError: for an unknown form.
@@ -101,35 +94,16 @@ def surrogate_loss(
         raise ValueError(
             f"Unknown form {form!r} of the surrogate loss: use 'sequence' (equation 3), 'length_normalized' or 'token'."
         )
-    mask = batch.rows.loss_mask
-    logp, logp_i, logp_mu = (
-        jnp.where(mask, x, 0.0) for x in (logprobs, batch.reference_logprobs, batch.behavior_logprobs)
-    )
-
-    def per_response(x: jax.Array) -> jax.Array:
-        return jax.ops.segment_sum(x.ravel(), batch.response.ravel(), num_segments=batch.weights.shape[0])
-
+    logp, logp_i, logp_mu = in_loss(logprobs, batch)
     d = logp - logp_i
-    ell = per_response(logp)
-    delta = per_response(d)  # not a difference of sums: those are large and nearly equal
-    square = per_response(d**2) if form == "token" else delta**2
+    ell = per_response(logp, batch)
+    delta = per_response(d, batch)  # not a difference of sums: those are large and nearly equal
+    square = per_response(d**2, batch) if form == "token" else delta**2
     w = batch.weights / batch.lengths if form == "length_normalized" else batch.weights
 
     policy = -jnp.sum(w * batch.advantages * ell)
     regularizer = tau / 2 * jnp.sum(w * square)
     loss = policy + regularizer
-
-    gap = jnp.abs(logp_i - logp_mu)
-    parts = {
-        "policy": policy,
-        "regularizer": regularizer,
-        "responses": jnp.sum(per_response(mask.astype(d.dtype)) > 0, dtype=d.dtype),
-        "tokens": jnp.sum(mask, dtype=d.dtype),
-        "squared_log_ratio": jnp.sum(delta**2),
-        "log_ratio": jnp.sum(d),
-        "kl": jnp.sum(jnp.expm1(d) - d),
-        "logprob_gap": jnp.sum(gap),
-        "max_log_ratio": jnp.max(jnp.abs(delta)),
-        "max_logprob_gap": jnp.max(gap),
-    }
+    parts = {"policy": policy, "regularizer": regularizer}
+    parts |= comparison(d, delta, jnp.abs(logp_i - logp_mu), batch)
     return loss, jax.lax.stop_gradient(parts)

@@ -2,84 +2,22 @@
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kimi_jax.arrays import PackedRows, RLBatch
 from kimi_jax.losses.mirror_descent import baseline, surrogate_loss
+from tests.losses.cases import GROUPS, Case, cast, central_differences, log_softmax, rows_of, softmax_model
+from tests.losses.cases import make_case as make_plain_case
 
 FORMS = ["sequence", "length_normalized", "token"]
-GROUPS = (2, 3, 5)  # responses per problem
-ROWS, ROW_LENGTH = 7, 23
 TAU = 0.3
 
 
-class Case(NamedTuple):
-    """Three problems, responses in any order in rows, and the same facts as plain lists for the oracles."""
-
-    batch: RLBatch
-    logprobs: np.ndarray  # [R, T], nan where the mask is off
-    rewards: list  # per problem [k]
-    responses: list  # per problem, per response: (rows, columns) of its tokens in the loss
-
-
-def advantages_of(rewards, kind):
-    return np.concatenate([r - baseline(r, kind=kind, tau=TAU) for r in rewards])
-
-
-def make_case(kind="mean", seed=0) -> Case:
-    rng = np.random.default_rng(seed)
-    n = sum(GROUPS) + 1  # the last one is padding
-    num_tokens = rng.integers(2, 9, n - 1)
-    free = np.zeros(ROWS, int)
-    places = [None] * (n - 1)
-    for j in rng.permutation(n - 1):
-        row = rng.choice(np.flatnonzero(free + num_tokens[j] + 3 <= ROW_LENGTH)[:3])
-        start = free[row] + rng.integers(1, 3)  # a prompt, which is not in the loss
-        columns = np.delete(start + np.arange(num_tokens[j]), rng.integers(1, num_tokens[j]))  # and a hole
-        places[j] = (np.full(columns.size, row), columns)
-        free[row] = start + num_tokens[j]
-
-    mask = np.zeros((ROWS, ROW_LENGTH), bool)
-    response = np.zeros((ROWS, ROW_LENGTH), np.int32)
-    for j, place in enumerate(places):
-        assert not mask[place].any()
-        mask[place], response[place] = True, j
-    assert max(len(set(response[row][mask[row]])) for row in range(ROWS)) >= 2
-
-    logprobs, reference, behavior = (
-        np.where(mask, -rng.exponential(size=mask.shape), garbage) for garbage in (np.nan, np.inf, np.nan)
-    )
-    rewards = [rng.integers(0, 2, k) + 0.2 * rng.normal(size=k) for k in GROUPS]
-    zeros = np.zeros((ROWS, ROW_LENGTH), np.int32)
-    batch = RLBatch(
-        rows=PackedRows(
-            tokens=zeros,
-            targets=zeros,
-            loss_mask=mask,
-            positions=zeros,
-            segments=mask.astype(np.int32),
-            image_index=zeros - 1,
-            patches=np.zeros((ROWS, 0, 3)),
-            patch_positions=np.zeros((ROWS, 0, 2), np.int32),
-            patch_segments=np.zeros((ROWS, 0), np.int32),
-        ),
-        response=response,
-        behavior_logprobs=behavior,
-        versions=zeros,
-        reference_logprobs=reference,
-        rewards=np.append(np.concatenate(rewards), 0.0),
-        advantages=np.append(advantages_of(rewards, kind), 0.0),
-        weights=np.append(np.concatenate([np.full(k, 1 / (k * len(GROUPS))) for k in GROUPS]), 0.0),
-        lengths=np.append(num_tokens, 1).astype(float),  # holes included: |y_j| is not the number of tokens in the loss
-        group=np.append(np.repeat(np.arange(len(GROUPS)), GROUPS), 0).astype(np.int32),
-    )
-    bounds = np.cumsum((0, *GROUPS))
-    return Case(batch, logprobs, rewards, [places[a:b] for a, b in zip(bounds, bounds[1:], strict=False)])
+def make_case(kind="mean") -> Case:
+    return make_plain_case(lambda rewards: rewards - baseline(rewards, kind=kind, tau=TAU))
 
 
 def oracle(case: Case, kind: str, form: str):
@@ -112,10 +50,6 @@ def loss_of(logprobs, batch, form, tau=TAU):
     return surrogate_loss(logprobs, batch, tau=tau, form=form)[0]
 
 
-def cast(tree, dtype):
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype if np.issubdtype(x.dtype, np.floating) else x.dtype), tree)
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["mean", "log_z"])
 @pytest.mark.parametrize("dtype, rtol", [(np.float64, 1e-6), (np.float32, 1e-4)])
@@ -129,31 +63,6 @@ def test_loss_and_gradient_match_numpy(form, kind, dtype, rtol):
     np.testing.assert_allclose(loss, expected_loss, rtol=rtol)
     np.testing.assert_allclose(grad, expected_grad, rtol=rtol, atol=rtol * np.abs(expected_grad).max() / 100)
     assert np.all(np.asarray(grad)[~case.batch.rows.loss_mask] == 0.0)  # nan stood there
-
-
-def log_softmax(logits):
-    logits = logits - logits.max(-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
-
-def softmax_model(seed=1, features=3, vocabulary=5):
-    """A policy with parameters: log softmax(x W) at the targets, in NumPy and in JAX."""
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(ROWS, ROW_LENGTH, features))
-    targets = rng.integers(0, vocabulary, (ROWS, ROW_LENGTH, 1))
-    params = rng.normal(size=(features, vocabulary))
-    in_numpy = lambda w: np.take_along_axis(log_softmax(x @ w), targets, -1)[..., 0]  # noqa: E731
-    in_jax = lambda w: jnp.take_along_axis(jax.nn.log_softmax(x @ w), targets, -1)[..., 0]  # noqa: E731
-    return params, x, targets, in_numpy, in_jax
-
-
-def central_differences(f, params, eps=1e-5):
-    grad = np.zeros_like(params)
-    for i in np.ndindex(params.shape):
-        step = np.zeros_like(params)
-        step[i] = eps
-        grad[i] = (f(params + step) - f(params - step)) / (2 * eps)
-    return grad
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -274,24 +183,6 @@ def test_kl_part_estimates_the_divergence_from_the_reference_to_the_policy():
             assert parts["tokens"] == parts["responses"] == 1
             estimates.append(float(parts["kl"]))
     np.testing.assert_allclose(np.exp(log_pi_i) @ estimates, np.exp(log_pi_i) @ (log_pi_i - log_pi), rtol=1e-9)
-
-
-def rows_of(case: Case, chosen: np.ndarray) -> Case:
-    """The micro-batch of these rows, with responses of its own, numbered backwards, and padding to the same N."""
-    arrays = {field.name: getattr(case.batch, field.name) for field in dataclasses.fields(case.batch)}
-    n = arrays["weights"].size
-    mask = case.batch.rows.loss_mask[chosen]
-    present = np.unique(case.batch.response[chosen][mask])[::-1]
-    number = np.zeros(n, np.int32)
-    number[present] = np.arange(present.size)
-    padding = {"weights": 0.0, "advantages": 0.0, "rewards": 0.0, "lengths": 1.0, "group": 0}
-    for name, fill in padding.items():
-        arrays[name] = np.append(arrays[name][present], np.full(n - present.size, fill, arrays[name].dtype))
-    for name in ("behavior_logprobs", "versions", "reference_logprobs"):
-        arrays[name] = arrays[name][chosen]
-    arrays["response"] = np.where(mask, number[case.batch.response[chosen]], 0)
-    arrays["rows"] = jax.tree.map(lambda x: x[chosen], case.batch.rows)
-    return case._replace(batch=RLBatch(**arrays), logprobs=case.logprobs[chosen])
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,11 +1,12 @@
-"""Losses on scalars against float64 NumPy: values, gradients in closed form, and what must not matter."""
+"""Losses of labels and preferences against float64 NumPy: values, gradients in closed form, what must not matter."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kimi_jax.losses.preference import binary_cross_entropy, bradley_terry
+from kimi_jax.losses.preference import binary_cross_entropy, bradley_terry, direct_preference
+from tests.losses.cases import central_differences
 
 ROWS, ROW_LENGTH, PAIRS = 5, 11, 7
 
@@ -98,3 +99,92 @@ def test_nothing_marked_is_zero():
         bradley_terry(nan, nothing, nothing, jnp.zeros((3, 5), int), pairs=2, weight=1.0),
     ):
         assert loss == 0 and set(map(float, parts.values())) == {0.0}
+
+
+# --- DPO --------------------------------------------------------------------------------------------------------------
+
+BETA = 0.3
+
+
+def preferred():
+    """Three pairs of responses, numbers 0, 3 and 5 of 7, and {number: (places of chosen, of rejected)}."""
+    rng = np.random.default_rng(2)
+    places = {
+        3: (((0, 0, 0), (1, 2, 5)), ((0, 0), (7, 8))),
+        0: (((2,), (4,)), ((2, 2, 2, 2, 2), (6, 7, 8, 9, 10))),
+        5: (((4, 4), (0, 1)), ((3, 3, 3), (3, 4, 9))),
+    }
+    shape = (ROWS, ROW_LENGTH)
+    logprobs, reference = np.full(shape, np.nan), np.full(shape, np.inf)
+    chosen, pair = rng.random(shape) < 0.5, np.full(shape, 97)
+    for number, members in places.items():
+        for side, place in zip((True, False), members, strict=True):
+            for values in (logprobs, reference):
+                values[place] = -rng.exponential(size=len(place[0]))
+            chosen[place], pair[place] = side, number
+    return logprobs, reference, np.isfinite(logprobs), chosen, pair, places
+
+
+def dpo_by_hand(logprobs, reference, places, weight):
+    """Loss, its gradient in closed form, and what else is reported."""
+    loss, grad, rewards = 0.0, np.zeros(logprobs.shape), []
+    for better, worse in places.values():
+        reward = [BETA * sum(logprobs[place] - reference[place]) for place in (better, worse)]
+        margin = reward[0] - reward[1]
+        loss -= weight * np.log(sigmoid(margin))
+        grad[better], grad[worse] = -weight * BETA * sigmoid(-margin), weight * BETA * sigmoid(-margin)
+        rewards.append(reward)
+    return loss, grad, np.array(rewards)
+
+
+@pytest.mark.parametrize("dtype, rtol", [(np.float64, 1e-6), (np.float32, 1e-4)])
+def test_direct_preference(dtype, rtol):
+    logprobs, reference, mask, chosen, pair, places = preferred()
+    expected, expected_grad, rewards = dpo_by_hand(logprobs, reference, places, 1 / 3)
+    with jax.enable_x64(True):
+        value = jax.jit(jax.value_and_grad(direct_preference, has_aux=True), static_argnames="pairs")
+        (loss, parts), grad = jax.device_get(
+            value(
+                *(jnp.asarray(x, dtype) for x in (logprobs, reference)),
+                mask,
+                chosen,
+                pair,
+                pairs=PAIRS,
+                beta=BETA,
+                weight=1 / 3,
+            )
+        )
+    assert loss.dtype == grad.dtype == dtype
+    np.testing.assert_allclose(loss, expected, rtol=rtol)
+    np.testing.assert_allclose(grad, expected_grad, rtol=rtol)
+    assert np.all(grad[~mask] == 0)
+    right = np.sum(rewards[:, 0] > rewards[:, 1])
+    assert 0 < right < 3
+    sums = {"chosen_reward": rewards[:, 0].sum(), "rejected_reward": rewards[:, 1].sum(), "nll": 3 * expected}
+    counts = {"tokens": mask.sum(), "pairs": 3, "right": right}
+    highest = {"max_log_ratio": np.abs(rewards[:, 0] - rewards[:, 1]).max() / BETA}
+    assert parts == {name: pytest.approx(x, rel=rtol) for name, x in (sums | counts | highest).items()}
+
+
+def test_the_gradient_of_direct_preference_by_finite_differences():
+    logprobs, reference, mask, chosen, pair, places = preferred()
+
+    def loss_at(values):
+        moved = logprobs.copy()
+        moved[mask] = values
+        return dpo_by_hand(moved, reference, places, 0.5)[0]
+
+    with jax.enable_x64(True):
+        loss = lambda p: direct_preference(  # noqa: E731
+            p, reference, mask, chosen, pair, pairs=PAIRS, beta=BETA, weight=0.5
+        )[0]
+        grad = jax.grad(loss)(jnp.asarray(logprobs))
+    np.testing.assert_allclose(grad[mask], central_differences(loss_at, logprobs[mask]), rtol=1e-6, atol=1e-9)
+
+
+def test_at_the_reference_every_comparison_is_even():
+    logprobs, _, mask, chosen, pair, _ = preferred()
+    logprobs = jnp.asarray(logprobs, jnp.float32)
+    loss, parts = direct_preference(logprobs, logprobs, mask, chosen, pair, pairs=PAIRS, beta=BETA, weight=1 / 3)
+    assert loss == pytest.approx(np.log(2), rel=1e-6)
+    assert parts["right"] == parts["max_log_ratio"] == parts["chosen_reward"] == 0

@@ -205,5 +205,6 @@ def _write_file(path: pathlib.Path, planned: list[Planned], read: Callable[[Plan
             if array.dtype != DTYPES[tensor.dtype] or array.shape != tensor.shape:
                 raise ValueError(f"{tensor} was promised, but it came as {array.dtype} of shape {array.shape}.")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            del array  # before the next one is made
         file.flush()
         os.fsync(file.fileno())

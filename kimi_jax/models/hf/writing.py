@@ -30,7 +30,7 @@ def copy_side_files(source: str | os.PathLike, out: str | os.PathLike) -> None:
     source, out = pathlib.Path(source), pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     dtypes = tensor_dtypes(source)
-    _copy(source, out)
+    copy_files(source, out)
     (out / TENSORS).write_text(json.dumps(dtypes, indent=0) + "\n")
 
 
@@ -42,7 +42,8 @@ def tensor_dtypes(source: pathlib.Path) -> dict[str, str]:
     return {entry.name: entry.dtype for entry in entries}
 
 
-def _copy(source: pathlib.Path, out: pathlib.Path) -> None:
+def copy_files(source: pathlib.Path, out: pathlib.Path) -> None:
+    """Copies the files beside the weights: configuration, tokenizer, chat templates."""
     for path in sorted([*source.iterdir(), *source.glob("additional_chat_templates/*.jinja")]):
         if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name != TENSORS:
             copy = out / path.relative_to(source)
@@ -68,7 +69,7 @@ def save(
         write_directory(None, planned, read, shard_bytes=shard_bytes)  # takes part in what the devices exchange
         return
     with replaced(out, overwrite=overwrite) as directory:
-        _copy(source, directory)
+        copy_files(source, directory)
         write_directory(directory, planned, read, shard_bytes=shard_bytes)
 
 

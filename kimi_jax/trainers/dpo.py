@@ -1,0 +1,129 @@
+"""Learning from preferences between responses: DPO as a stage of the supervised loop (k1.5 §2.4).
+
+The reference π_ref is the policy that the stage begins with. Its log-probs of all pairs are taken once, before the
+first update, in the rows that training uses. Its weights are not kept; a run that resumes takes the log-probs again,
+and finds the same.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kimi_jax.arrays import PackedRows, pytree
+from kimi_jax.data.loaders import endless
+from kimi_jax.data.packing import pack_rows, plan_rows
+from kimi_jax.long2short.choosing import Pair, read_pairs
+from kimi_jax.losses.preference import direct_preference
+from kimi_jax.trainers import supervised
+from kimi_jax.trainers.setup import Setup
+from kimi_jax.trainers.supervised import Stage
+from kimi_jax.types import Example
+
+
+@pytree
+class PairBatch:
+    """Rows in which the members of a pair are neighbours: segments 1 and 2, then 3 and 4, ...; the chosen one first."""
+
+    rows: PackedRows
+    reference_logprobs: Any  # float32 [R, T], of the targets
+
+
+def stage(setup: Setup) -> Stage:
+    """The pairs of config.dpo, with the settings of config.sft. Raises ValueError, FileNotFoundError."""
+    options, config = setup.config.dpo, setup.config.sft
+    pairs = [encode(setup, pair) for pair in read_pairs(options.pairs)]
+    order = np.random.default_rng(setup.config.seed).permutation(len(pairs)).tolist()
+    examples = [side for index in order for side in pairs[index]]
+    plan = _plan(examples, setup.packing)
+    reference = _reference(setup, examples, plan)
+
+    def pack(indices: list[int]) -> PairBatch:
+        rows = _packed(setup, examples, [plan[i] for i in indices], config.rows)
+        return PairBatch(rows, np.stack([reference[i] for i in indices]))
+
+    epochs = endless(range(len(plan)), setup.config.seed)
+    one = config.rows == 1  # in batches of one, grain's length of an endless dataset overflows
+    return Stage(
+        name="dpo",
+        options=config,
+        batches=epochs.map(lambda i: pack([i])) if one else epochs.batch(config.rows, batch_fn=pack),
+        loss_fn=functools.partial(loss_fn, beta=options.beta),
+        weight=lambda batch: 1 / max(num_pairs(batch.rows), 1),
+        summarize=_summary,
+        evaluate=functools.partial(supervised.greedy_accuracy, setup) if config.eval_problems else lambda params: {},
+    )
+
+
+def encode(setup: Setup, pair: Pair) -> tuple[Example, Example]:
+    """(chosen, rejected) with the prompt before them. Raises ValueError for sides whose tokens are the same."""
+    prompt = setup.chat.encode_problem(pair.problem)
+    chosen, rejected = (setup.chat.encode_example(prompt, text) for text in (pair.chosen, pair.rejected))
+    if not pair.rejected_ends:
+        rejected = Example(rejected.tokens[:-1], rejected.trained[:-1], rejected.images)
+    if np.array_equal(chosen.tokens, rejected.tokens):
+        raise ValueError(
+            f"{setup.config.dpo.pairs}: the two sides of pair {pair.problem.id!r} are the same tokens, so nothing is "
+            "preferred. Drop the pair."
+        )
+    return chosen, rejected
+
+
+def loss_fn(logprobs, batch: PairBatch, hyper, *, beta: float):
+    R, T = logprobs.shape
+    member = batch.rows.segments - 1
+    return direct_preference(
+        logprobs,
+        batch.reference_logprobs,
+        batch.rows.loss_mask,
+        member % 2 == 0,
+        np.arange(R)[:, None] * T + member // 2,
+        pairs=R * T,
+        beta=beta,
+        weight=hyper["weight"],
+    )
+
+
+def num_pairs(rows: PackedRows) -> int:
+    return int(rows.segments.max(axis=1).sum()) // 2
+
+
+def _plan(examples: list[Example], packing: dict) -> list[list[int]]:
+    """Rows of pairs. Raises ValueError if one does not fit in a row."""
+    joined = [
+        Example(np.concatenate([a.tokens, b.tokens]), np.concatenate([a.trained, b.trained]), (*a.images, *b.images))
+        for a, b in zip(examples[::2], examples[1::2], strict=True)
+    ]
+    sizes = {name: packing[name] for name in ("row_tokens", "row_patches")}
+    return [[2 * pair + j for pair in row for j in range(2)] for row in plan_rows(joined, **sizes)]
+
+
+def _packed(setup: Setup, examples: list[Example], plan: list[list[int]], num_rows: int) -> PackedRows:
+    return pack_rows(examples, plan, num_rows=num_rows, **setup.packing)[0]
+
+
+def _reference(setup: Setup, examples: list[Example], plan: list[list[int]]) -> np.ndarray:
+    """Log-probs under the parameters that the stage begins with, float32 [rows of the plan, T]."""
+    chunk, size = setup.config.rows.logits_chunk, setup.config.sft.micro_rows
+    everywhere = NamedSharding(setup.mesh, PartitionSpec())
+
+    @functools.partial(jax.jit, out_shardings=everywhere)
+    def score(params, rows):
+        return setup.policy.logprobs(params, rows, temperature=np.float32(1), logits_chunk=chunk)[0]
+
+    params, found = setup.init_params(), []
+    for begin in range(0, len(plan), size):
+        rows = setup.put_rows(_packed(setup, examples, plan[begin : begin + size], size))
+        found.append(np.asarray(score(params, rows)))
+    for leaf in jax.tree.leaves(params):  # the loop begins with parameters of its own
+        leaf.delete()
+    return np.concatenate(found)
+
+
+def _summary(metrics: list[dict]) -> dict:
+    """Means over pairs: `accuracy`, the share whose chosen response is preferred; rewards are β Δ."""
+    total = lambda name: sum(m[name] for m in metrics)  # noqa: E731
+    names = {"loss": "nll", "accuracy": "right", "chosen_reward": "chosen_reward", "rejected_reward": "rejected_reward"}
+    return {name: total(part) / total("pairs") for name, part in names.items()}
