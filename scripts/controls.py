@@ -1,7 +1,9 @@
-"""Controls on a finished run: does the model look at its images, and is it the rewards that it learns from?
+"""Controls on a finished run: does the model look at its images, is it the rewards that it learns from, and what if
+they fail?
 
     python scripts/controls.py --workdir=runs/quickstart swapped_images
     python scripts/controls.py --workdir=runs/quickstart permuted
+    python scripts/controls.py --workdir=runs/quickstart faulty
 
 swapped_images: every held-out image problem is shown the image of another problem of the same task and image size, and
 keeps its own question and answer. What is left of the accuracy did not come from the image: it should be no more than
@@ -9,6 +11,10 @@ the best constant guess per question and image size, which is printed beside it.
 
 permuted: RL once more from the same SFT checkpoint, with the advantages shuffled within each group. Everything is as
 before but which response is rewarded, so the gain must vanish. Goes to DIR-permuted; the same command again resumes.
+
+faulty: RL once more from the same SFT checkpoint, with verifiers that hang in 2% of judgements and crash in 1%.
+Accuracy and seconds per iteration must stay what they were. Goes to DIR-faulty; the last evaluation is that of the
+verifiers of the run, and written to DIR-faulty/faulty.json.
 """
 
 import argparse
@@ -22,13 +28,16 @@ import sys
 from collections.abc import Sequence
 
 import ml_collections
+import numpy as np
 
 from kimi_jax import report
+from kimi_jax.tasks import faulty as faulty_verifier
 from kimi_jax.tasks.visual import COLOURS, SHAPES
 from kimi_jax.trainers import pipeline
 from kimi_jax.trainers import setup as setup_lib
 from kimi_jax.trainers.interrupt import Interrupted
 from kimi_jax.training.checkpoint import Checkpointer
+from kimi_jax.training.metrics import MetricsWriter
 from kimi_jax.types import Problem
 
 _NAMES = re.compile(rf"\b({'|'.join([*COLOURS, *SHAPES])})(es|s)?\b")
@@ -63,9 +72,7 @@ def constant_guess(problems: Sequence[Problem]) -> float:
 def swapped_images(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
     """Prints and writes DIR/swapped_images.json: per task, accuracies with the own images and with those of others."""
     setup = setup_lib.build(_config(workdir), workdir)
-    like = {"state": {"params": setup_lib.params_like(setup.config, setup.policy, setup.mesh)}}
-    with Checkpointer.reader(workdir / "checkpoints" / "rl") as checkpoints:
-        _, loaded, _ = checkpoints.restore(like, partial=True)
+    params = _trained(setup, workdir)
     rows = {}
     print(f"{'':20}{'problems':>10}{'own image':>18}{'image of another':>18}{'constant':>10}\n{'':30}", end="")
     print(f"{'sampled':>9}{'greedy':>9}" * 2 + f"{'guess':>10}")
@@ -75,7 +82,7 @@ def swapped_images(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
             continue
         row = {"n": len(pair[0]), "constant_guess": constant_guess(pair[0])}
         for name, problems in zip(("own", "swapped"), pair, strict=True):
-            scores = pipeline.full_evaluation(dataclasses.replace(setup, heldout=problems), loaded["state"]["params"])
+            scores = pipeline.full_evaluation(dataclasses.replace(setup, heldout=problems), params)
             row |= {f"{name}_{key}": scores["image"][key] for key in ("accuracy", "greedy_accuracy")}
         rows[task] = row
         shares = [row[f"{name}_{key}"] for name in ("own", "swapped") for key in ("accuracy", "greedy_accuracy")]
@@ -90,14 +97,65 @@ def permuted(workdir: pathlib.Path) -> dict:
     if config.rl.permute_advantages:
         raise ValueError(f"--workdir={workdir} is such a control already. Give the run itself.")
     config.rl.permute_advantages = True
-    target = workdir.with_name(f"{workdir.name}-permuted")
-    if not (target / "config.json").exists():  # which is written next
-        shutil.copytree(workdir / "checkpoints" / "sft", target / "checkpoints" / "sft", dirs_exist_ok=True)
-        for name in ("tokenizer.model", "eval_sft.json"):
-            shutil.copyfile(workdir / name, target / name)
-    summary = pipeline.run(config, target)
+    summary = pipeline.run(config, _after_sft(workdir, "permuted"))
     print(f"\nThat was with permuted advantages. The run itself:\n{report.results_table(_summary(workdir))}")
     return summary
+
+
+FAULTY_DEADLINE_S = 1.0  # thousands of times what the verifiers of the tasks take
+
+
+def faulty(workdir: pathlib.Path) -> dict:
+    """Runs or resumes the drill. Returns and writes what it and the run came to: accuracies, pace, failures."""
+    config = _config(workdir)
+    if config.rewards.verifiers:
+        raise ValueError(f"--workdir={workdir} has verifiers of its own. Give a run with those of the tasks.")
+    tasks = (*config.data.text_tasks, *config.data.image_tasks)
+    with config.unlocked():
+        config.rewards.verifiers = tuple(f"{task}={faulty_verifier.__name__}:verify" for task in tasks)
+        config.rewards.deadline_s = FAULTY_DEADLINE_S
+        config.rewards.workers = max(config.rewards.workers, 1)
+    target = _after_sft(workdir, "faulty")
+    pipeline.run(config, target)
+    setup = setup_lib.build(_config(workdir), target)  # whose verifiers do not fail
+    result = {
+        "faulty": {"rl": pipeline.full_evaluation(setup, _trained(setup, target))} | _pace(target),
+        "run": {"rl": _summary(workdir)["rl"]} | _pace(workdir),
+    }
+    pipeline.write_json(target / "faulty.json", result)
+    print("\nEvaluated by verifiers that do not fail:")
+    for name, values in result.items():
+        accuracies = " ".join(f"{kind} {scores['accuracy']:.1%}" for kind, scores in values["rl"].items())
+        print(
+            f"{name:8}{accuracies}   " + "  ".join(f"{key} {value:.3g}" for key, value in values.items() if key != "rl")
+        )
+    return result
+
+
+def _pace(workdir: pathlib.Path) -> dict[str, float]:
+    """Medians of an iteration's seconds; how often verification failed, and the share of responses that it cost."""
+    rows = MetricsWriter(workdir / "metrics.jsonl").read()
+    phases = ("rollout", "verification", "update")
+    seconds = {f"seconds_{phase}": float(np.median([row[f"seconds_{phase}"] for row in rows])) for phase in phases}
+    counts = {name: sum(row[name] for row in rows) for name in ("missed_deadlines", "verifier_crashes")}
+    return seconds | counts | {"ungradable": float(np.mean([row["ungradable"] for row in rows]))}
+
+
+def _after_sft(workdir: pathlib.Path, name: str) -> pathlib.Path:
+    """DIR-name, which has what the run had when its RL began."""
+    target = workdir.with_name(f"{workdir.name}-{name}")
+    if not (target / "config.json").exists():  # which is written next
+        shutil.copytree(workdir / "checkpoints" / "sft", target / "checkpoints" / "sft", dirs_exist_ok=True)
+        for file in ("tokenizer.model", "eval_sft.json"):
+            shutil.copyfile(workdir / file, target / file)
+    return target
+
+
+def _trained(setup: setup_lib.Setup, workdir: pathlib.Path) -> dict:
+    """The parameters of the last RL checkpoint there."""
+    like = {"state": {"params": setup_lib.params_like(setup.config, setup.policy, setup.mesh)}}
+    with Checkpointer.reader(workdir / "checkpoints" / "rl") as checkpoints:
+        return checkpoints.restore(like, partial=True)[1]["state"]["params"]
 
 
 def _summary(workdir: pathlib.Path) -> dict:
@@ -112,7 +170,7 @@ def _config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
 
 
-CONTROLS = {"swapped_images": swapped_images, "permuted": permuted}
+CONTROLS = {"swapped_images": swapped_images, "permuted": permuted, "faulty": faulty}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

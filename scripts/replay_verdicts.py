@@ -2,8 +2,9 @@
 
     python scripts/replay_verdicts.py --workdir=runs/quickstart [--step=12] [--serial=3081]
 
-DIR/verdicts.jsonl has every response that RL trained on, with its problem and verdict. A verifier that was changed, or
-that is not deterministic, shows here. Exit status: 0 all as recorded; 1 some are not; 2 there is no such record.
+DIR/verdicts.jsonl has every response that RL trained on, with its problem and verdict. Whatever judged them judges them
+again, a verifier or a reward model. One that was changed, or that is not deterministic, shows here. Exit status: 0 all
+as recorded; 1 some are not; 2 there is no such record.
 """
 
 import argparse
@@ -29,22 +30,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def replay(args: argparse.Namespace) -> list[tuple[dict, str, str]]:
     """[(record, outcome now, reason)] of those that differ. Raises FileNotFoundError, ValueError."""
-    from kimi_jax.trainers import setup
+    from kimi_jax.trainers import reward_models, rewards
+    from kimi_jax.training import sharding
     from kimi_jax.training.metrics import MetricsWriter
 
     path = args.workdir / "verdicts.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}: a run writes it with config.rewards.audit=True.")
-    options = json.loads((args.workdir / "config.json").read_text())["rewards"]
+    config = json.loads((args.workdir / "config.json").read_text())
+    options = config["rewards"]
     records = [
         record
         for record in MetricsWriter(path).read()
         if args.step in (None, record["step"]) and args.serial in (None, record["serial"])
     ]
     sys.path.append(os.getcwd())  # where config.rewards.verifiers may lie
-    verify = setup.verifier(options["verifiers"])
-    with VerifierPool(verify, workers=max(options["workers"], 1), deadline_s=options["deadline_s"]) as pool:
-        verdicts = pool.verdicts([pool.submit(*audit.question(record)) for record in records])
+    asked = [audit.question(record) for record in records]
+    if options["judge"]:
+        mesh = sharding.make_mesh(**config["mesh"])
+        judge = reward_models.load_judge(pathlib.Path(options["judge"]), mesh, votes=options["votes"])
+        verdicts = judge(asked)
+    else:
+        verify, workers = rewards.verifier(options), max(options["workers"], 1)
+        with VerifierPool(verify, workers=workers, deadline_s=options["deadline_s"]) as pool:
+            verdicts = pool.verdicts([pool.submit(*question) for question in asked])
     print(f"{len(records)} responses judged again", file=sys.stderr)
     return [
         (record, verdict.outcome.value, verdict.detail) for record, verdict in audit.disagreements(records, verdicts)

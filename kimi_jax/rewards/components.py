@@ -2,54 +2,106 @@
 
     r = [correct] + Σ_c weight_c · c        nan where the response is ungradable, so that using it by mistake shows
 
-A component is a pure function of a complete group and says something about each of its k responses. It sees all of the
-group: the problem, texts, tokens, why each response ended, and its verdict.
+A component is a pure function of a complete group and says something about each of its k responses. It sees all that
+`Group` has: the problem, and of each response its text, its length, why it ended, and its verdict. Those of the user
+run in worker processes (`rewards.pool`); where one fails, it is nan for its group, and so is the reward.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from kimi_jax.rewards.length import length_reward
-from kimi_jax.types import Outcome, RolloutGroup, StopReason
+from kimi_jax.rewards.own import find_function
+from kimi_jax.types import Outcome, Problem, RolloutGroup, StopReason, Verdict
 
-Component = Callable[[RolloutGroup], np.ndarray]
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    text: str
+    tokens: int  # how many, the end token included
+    stop: StopReason
+    verdict: Verdict
 
 
-def length(group: RolloutGroup) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """What a component sees of the responses to one problem."""
+
+    problem: Problem  # without its images
+    responses: tuple[Response, ...]
+
+    @classmethod
+    def of(cls, group: RolloutGroup) -> "Group":
+        pairs = zip(group.rollouts, group.verdicts, strict=True)
+        responses = tuple(Response(rollout.text, len(rollout), rollout.stop, verdict) for rollout, verdict in pairs)
+        return cls(dataclasses.replace(group.problem, images=()), responses)
+
+    @property
+    def gradable(self) -> np.ndarray:
+        """bool [k]"""
+        return np.array([response.verdict.outcome != Outcome.UNGRADABLE for response in self.responses], bool)
+
+    @property
+    def correct(self) -> np.ndarray:
+        """bool [k]"""
+        return np.array([response.verdict.outcome == Outcome.CORRECT for response in self.responses], bool)
+
+
+Component = Callable[[Group], Sequence[float] | np.ndarray]
+
+
+def length(group: Group) -> np.ndarray:
     """λ of the length reward, in [-0.5, 0.5]; ungradable responses set neither min_len nor max_len (k1.5 §2.3.3)."""
-    gradable = _gradable(group)
-    correct = np.array([verdict.outcome == Outcome.CORRECT for verdict in group.verdicts], bool)
-    lengths = np.array([len(rollout) for rollout in group.rollouts], int)
-    reward = np.zeros(len(gradable))
-    reward[gradable] = length_reward(correct[gradable], lengths[gradable])
+    lengths = np.array([response.tokens for response in group.responses], int)
+    reward = np.zeros(len(lengths))
+    reward[group.gradable] = length_reward(group.correct[group.gradable], lengths[group.gradable])
     return reward
 
 
-def repetition(group: RolloutGroup) -> np.ndarray:
+def repetition(group: Group) -> np.ndarray:
     """-1 for a response that was stopped for repeating itself, else 0 (k1.5 §2.6.2)."""
-    return np.array([-1.0 if rollout.stop == StopReason.REPETITION else 0.0 for rollout in group.rollouts])
+    return np.array([-1.0 if response.stop == StopReason.REPETITION else 0.0 for response in group.responses])
 
 
-def format(group: RolloutGroup) -> np.ndarray:
+def format(group: Group) -> np.ndarray:
     """-1 for a response in which the verifier found no answer to judge, or more than one, else 0."""
-    return np.array([0.0 if verdict.well_formed else -1.0 for verdict in group.verdicts])
+    return np.array([0.0 if response.verdict.well_formed else -1.0 for response in group.responses])
 
 
 COMPONENTS: dict[str, Component] = {"length": length, "repetition": repetition, "format": format}
 
 
-def shaped_rewards(group: RolloutGroup, weights: Mapping[str, float]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def shaped_rewards(
+    group: RolloutGroup, weights: Mapping[str, float], own: Mapping[str, np.ndarray] = MappingProxyType({})
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The reward of each response, float64 [k], and the components that it is made of, unweighted, correctness first.
 
-    weights: of components by name; those that are not named count nothing. All are nan where a response is ungradable.
+    weights: of components by name; those that are not named count nothing. own: components of the user, each float [k],
+    nan where there is none; one that counts takes the reward with it. All are nan where a response is ungradable.
     """
-    gradable = _gradable(group)
-    correct = np.array([verdict.outcome == Outcome.CORRECT for verdict in group.verdicts], float)
-    parts = {"correct": correct} | {name: component(group) for name, component in COMPONENTS.items()}
-    parts = {name: np.where(gradable, part, np.nan) for name, part in parts.items()}
-    return parts["correct"] + sum(weight * parts[name] for name, weight in weights.items()), parts
+    seen = Group.of(group)
+    parts = {"correct": seen.correct.astype(float)}
+    parts |= {name: np.asarray(component(seen)) for name, component in COMPONENTS.items()} | dict(own)
+    parts = {name: np.where(seen.gradable, part, np.nan) for name, part in parts.items()}
+    return parts["correct"] + sum(weight * parts[name] for name, weight in weights.items() if weight), parts
 
 
-def _gradable(group: RolloutGroup) -> np.ndarray:
-    return np.array([verdict.outcome != Outcome.UNGRADABLE for verdict in group.verdicts], bool)
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """In place of the values of a component."""
+
+    reason: str
+
+
+def own_component(function: str, group: Group) -> np.ndarray:
+    """The values, float64 [k], of a component of the user, "module:function". Raises what it raises, or ValueError."""
+    k = len(group.responses)
+    values = np.asarray(find_function(function)(group), float)
+    if values.shape != (k,):
+        raise ValueError(f"{function} returned the shape {values.shape} for {k} responses; return one number for each")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{function} returned {values[~np.isfinite(values)][0]}; return finite numbers")
+    return values

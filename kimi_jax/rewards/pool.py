@@ -1,8 +1,8 @@
 """Judging in worker processes, so that responses are judged while others are still being written.
 
 A judge may be slow, hang or crash, and none of it may reach the trainer. So it runs in processes that can be killed,
-and a response whose judge was killed is UNGRADABLE: a failed verifier says nothing about a response. Workers are fresh
-interpreters that import the judge, no JAX, and see no accelerator. Verdicts depend on the judge alone and not on
+and a response whose judge was killed is UNGRADABLE: a failed verifier says nothing about a response. Workers
+(`rewards.workers`) import the judge, no JAX, and see no accelerator. Verdicts depend on the judge alone and not on
 timing, except where a deadline is missed, which is counted.
 
     with VerifierPool(tasks.verify, workers=2, deadline_s=5.0) as pool:
@@ -10,89 +10,85 @@ timing, except where a deadline is missed, which is counted.
         ...  # decode on
         verdicts = pool.verdicts(tickets)  # in the order of the tickets
 
-One thread owns the workers and watches their deadlines. Signal handlers would need the main thread, which is decoding.
+A judgement that hangs costs its own deadline and nobody else's time: while it has taken ten times as long as others
+take, a spare worker stands in for the one that it occupies. One thread owns the workers and watches their deadlines.
+Signal handlers would need the main thread, which is decoding.
 """
 
 import collections
 import contextlib
-import ctypes
 import dataclasses
+import functools
 import math
-import os
 import pickle
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from multiprocessing import connection
+from typing import Any
 
+from kimi_jax.rewards.workers import Template, TemplateLost, Worker, answer
 from kimi_jax.types import Outcome, Problem, Verdict
 
 Judge = Callable[[Problem, str], Verdict]
 
-_MAX_JOBS_PER_MESSAGE = 16  # a round trip costs about as much as a short answer takes to judge
-_START_S = 60.0  # an interpreter that has not imported the judge by then has failed to start
+_START_S = 60.0  # a template that has not imported the function by then has failed to start
 _MAX_FAILED_STARTS = 3  # in a row; then it is not bad luck
-_WORKER_ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "ROCR_VISIBLE_DEVICES": "",
-    "TPU_VISIBLE_CHIPS": "",
-    "JAX_PLATFORMS": "cpu",
-    "OMP_NUM_THREADS": "1",  # parallel over responses, not within one
-    "OPENBLAS_NUM_THREADS": "1",
-    "PYTHONHASHSEED": "0",  # a verdict must not depend on the order of a set
-}
+_SPARES = 8  # per worker, at most
+_SLOW = 10.0  # times the mean duration of a call: then its worker is stood in for ...
+_SLOW_S = 0.05  # ... but not before, which may be the scheduling of the machine
 
 
-class VerifierPool:
-    """A queue of responses before `workers` processes, each of which calls `judge(problem, text)` on one at a time.
+class WorkerPool:
+    """A queue of calls before `workers` processes, each of which does one at a time.
 
-    Workers start in the background, from the constructor on; responses wait for them.
+    Workers start in the background, from the constructor on; calls wait for them. They are copies of one interpreter,
+    in which the module of the function was imported anew, without what the program changed in it since: connections
+    and threads belong into the function, not beside it.
 
     Args:
-        judge: a function at the top level of a module. Each worker imports that module anew, without what the program
-            changed in it since. The problems that it sees have no images.
-        workers: how many processes. 0 judges in this process, within `submit`, and keeps no deadline.
-        deadline_s: seconds for one judgement, from when a worker begins with it; then that worker is killed and
-            replaced.
+        function: at the top level of a module.
+        failed: what a ticket gives in place of what the function returns, when there is no such thing, from the reason.
+        workers: how many processes; up to eight times as many more exist while calls are hung. 0 calls the function in
+            this process, within `call`, and keeps no deadline.
+        deadline_s: seconds for one call, from when a worker begins with it; then that worker is killed and replaced.
 
     Attributes:
-        missed_deadlines: how many judgements the deadline has ended.
+        missed_deadlines: how many calls the deadline has ended.
         crashes: how many workers died of something else (a segmentation fault, memory, `os._exit`).
 
     Raises:
-        ValueError: `workers` or `deadline_s` is out of range, or `judge` cannot be imported by another process.
+        ValueError: `workers` or `deadline_s` is out of range, or `function` cannot be imported by another process.
     """
 
-    def __init__(self, judge: Judge, *, workers: int, deadline_s: float):
+    def __init__(self, function: Callable, *, failed: Callable[[str], Any], workers: int, deadline_s: float):
         if workers < 0:
             raise ValueError(f"workers is {workers}; give a number of processes, or 0 to judge in this one")
         if not 0 < deadline_s < math.inf:
             raise ValueError(f"deadline_s is {deadline_s}; give a positive number of seconds")
         self.missed_deadlines = 0
         self.crashes = 0
-        self._judge = judge
+        self._function, self._failed = function, failed
         self._deadline_s = deadline_s
         self._num_workers = workers
+        self._busy: dict[Worker, _Job] = {}
+        self._idle: list[Worker] = []
+        self._mean_s, self._answers = deadline_s / 100, 1  # of calls that were answered; a guess counts as the first
         self._closed = ""  # why
         self._lock = threading.Lock()  # so that no job enters the queue after it was emptied for the last time
         self._queue: collections.deque[_Job] = collections.deque()
-        self._failed_starts = 0
         if workers:
-            self._pickled_judge = _pickled(judge)
+            self._pickled = _pickled(function)
+            self._failed_starts = 0
             self._bell, self._bell_rope = connection.Pipe(duplex=False)  # wakes the thread when the queue has grown
             self._rung = False  # is a message in it already?
-            self._thread = threading.Thread(target=self._run, name="verifier-pool", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="worker-pool", daemon=True)
             self._thread.start()
 
-    def submit(self, problem: Problem, text: str) -> "Future[Verdict]":
-        """Queues one response to be judged; returns its ticket. Raises RuntimeError if the pool is closed or broken."""
-        if problem.images:  # the bulk of it, and nothing that an answer is compared with
-            problem = dataclasses.replace(problem, images=())
-        job = _Job(pickle.dumps((problem, text)), Future())
+    def call(self, *arguments: Any) -> "Future[Any]":
+        """Queues one call; returns its ticket. Raises RuntimeError if the pool is closed or broken."""
+        job = _Job(pickle.dumps(arguments), Future())
         job.ticket.set_running_or_notify_cancel()  # from now on it cannot be cancelled
         with self._lock:
             if self._closed:
@@ -103,8 +99,165 @@ class VerifierPool:
                     self._rung = True
                     self._bell_rope.send_bytes(b"!")
         if not self._num_workers:
-            job.ticket.set_result(_verdict(self._judge, job.payload))
+            self._settle(job, *pickle.loads(answer(self._function, job.payload)))
         return job.ticket
+
+    def close(self) -> None:
+        """Kills the workers at once. A ticket that is still open raises RuntimeError when its result is asked for."""
+        with self._lock:
+            self._closed = self._closed or "this pool is closed; submit and collect within its `with` block"
+        if self._num_workers:
+            if self._thread.is_alive():
+                self._bell_rope.send_bytes(b"!")
+            self._thread.join()
+            self._bell.close()
+            self._bell_rope.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _settle(self, job: "_Job", returned: bool, value: Any) -> None:
+        job.ticket.set_result(value if returned else self._failed(value))
+
+    # --- the rest runs in the pool's own thread -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        self._template = self._new_template()
+        closed = "the pool failed"
+        try:
+            while not self._closed:
+                self._step()
+        except Exception as error:
+            closed = f"the pool failed: {error}"
+        finally:
+            with self._lock:
+                self._closed = self._closed or closed
+            with contextlib.suppress(TemplateLost):
+                for worker in (*self._busy, *self._idle):
+                    self._template.bury(worker)
+            self._template.close()
+            for job in (*self._busy.values(), *self._queue):
+                job.ticket.set_exception(RuntimeError(self._closed))
+
+    def _new_template(self) -> Template:
+        self._start_due = time.monotonic() + _START_S
+        return Template(self._pickled)
+
+    def _step(self) -> None:
+        """Hands out jobs, waits for something to happen, and deals with it."""
+        try:
+            if self._template.ready:
+                self._staff()
+            workers = [*self._busy, *self._idle]
+            readable = connection.wait(
+                [self._bell, self._template.conn, *(worker.conn for worker in workers)], self._patience()
+            )
+            if self._bell in readable:
+                self._bell.recv_bytes()
+                self._rung = False  # before the queue is looked at
+            now = time.monotonic()
+            for worker in workers:
+                if worker.conn in readable:  # first: an answer in time counts, however late this thread comes to read
+                    self._hear(worker)
+                elif worker in self._busy and self._busy[worker].begun + self._deadline_s <= now:
+                    self._lose(worker, missed_deadline=True)
+            if self._template.conn in readable:
+                if message := self._template.hear():
+                    raise RuntimeError(f"a worker cannot import the judge: {message}")
+                self._failed_starts = 0
+            elif not self._template.ready and self._start_due <= now:
+                raise TemplateLost
+        except TemplateLost:
+            self._replace_template()
+
+    def _staff(self) -> None:
+        """As many workers as there should be, and a job for each of them that is idle."""
+        now = time.monotonic()
+        slow = sum(job.begun + self._slow_s <= now for job in self._busy.values())
+        wanted = self._num_workers + min(slow, _SPARES * self._num_workers)
+        while len(self._busy) + len(self._idle) < (wanted if self._queue else self._num_workers):
+            self._idle.append(self._template.spawn())
+        while self._idle and self._queue:
+            job, worker = self._queue.popleft(), self._idle.pop()
+            job.begun = time.monotonic()
+            self._busy[worker] = job
+            worker.ask(job.payload)
+        while self._idle and len(self._busy) + len(self._idle) > wanted:  # a spare is one too many
+            self._template.bury(self._idle.pop())
+
+    @property
+    def _slow_s(self) -> float:
+        return max(_SLOW * self._mean_s, _SLOW_S)
+
+    def _patience(self) -> float | None:
+        """Seconds until something has to be done, whatever happens meanwhile; None: nothing has."""
+        now = time.monotonic()
+        dues = [job.begun + self._deadline_s for job in self._busy.values()]
+        if self._queue:
+            dues += [due for job in self._busy.values() if (due := job.begun + self._slow_s) > now]
+        if not self._template.ready:
+            dues.append(self._start_due)
+        return max(0.0, min(dues) - now) if dues else None
+
+    def _hear(self, worker: Worker) -> None:
+        try:
+            returned, value = worker.read()
+        except EOFError:
+            self._lose(worker, missed_deadline=False)
+            return
+        job = self._busy.pop(worker)
+        self._idle.append(worker)
+        self._answers += 1
+        self._mean_s += (time.monotonic() - job.begun - self._mean_s) / self._answers
+        self._settle(job, returned, value)
+
+    def _lose(self, worker: Worker, *, missed_deadline: bool) -> None:
+        """Buries a worker. There is no answer to the job that it was at."""
+        ending = self._template.bury(worker)
+        if missed_deadline:
+            self.missed_deadlines += 1
+            reason = f"deadline of {self._deadline_s:g} s"
+        else:
+            self.crashes += 1
+            reason = f"the judging process {ending}"
+        if worker in self._busy:
+            self._settle(self._busy.pop(worker), False, reason)
+        else:
+            self._idle.remove(worker)
+
+    def _replace_template(self) -> None:
+        ending = self._template.close()
+        if not self._template.ready:
+            self._failed_starts += 1
+            if self._failed_starts == _MAX_FAILED_STARTS:
+                raise RuntimeError(
+                    f"{_MAX_FAILED_STARTS} workers in a row did not start; the last one {ending}. What they wrote to "
+                    f"stderr may say why; import the judge in a new interpreter to see it, or judge with workers=0"
+                )
+        for job in self._busy.values():
+            self.crashes += 1
+            self._settle(job, False, f"the judging process was lost with its template, which {ending}")
+        for worker in (*self._busy, *self._idle):
+            worker.conn.close()
+        self._busy, self._idle = {}, []
+        self._template = self._new_template()
+
+
+class VerifierPool(WorkerPool):
+    """Workers that call `judge(problem, text)`. The problems that it sees have no images."""
+
+    def __init__(self, judge: Judge, *, workers: int, deadline_s: float):
+        ungradable = functools.partial(Verdict, Outcome.UNGRADABLE)
+        super().__init__(functools.partial(_verdict, judge), failed=ungradable, workers=workers, deadline_s=deadline_s)
+
+    def submit(self, problem: Problem, text: str) -> "Future[Verdict]":
+        """Queues one response to be judged; returns its ticket. Raises RuntimeError if the pool is closed or broken."""
+        if problem.images:  # the bulk of it, and nothing that an answer is compared with
+            problem = dataclasses.replace(problem, images=())
+        return self.call(problem, text)
 
     def verdicts(self, tickets: "Iterable[Future[Verdict]]") -> list[Verdict]:
         """Waits for the verdicts of these tickets, and returns them in the same order.
@@ -114,197 +267,28 @@ class VerifierPool:
         """
         return [ticket.result() for ticket in tickets]
 
-    def close(self) -> None:
-        """Kills the workers at once. A ticket that is still open raises RuntimeError when its verdict is asked for."""
-        with self._lock:
-            self._closed = self._closed or "this VerifierPool is closed; submit and collect within its `with` block"
-        if self._num_workers:
-            if self._thread.is_alive():
-                self._bell_rope.send_bytes(b"!")
-            self._thread.join()
-            self._bell.close()
-            self._bell_rope.close()
-
-    def __enter__(self) -> "VerifierPool":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
-
-    # --- the rest runs in the pool's own thread -----------------------------------------------------------------------
-
-    def _run(self) -> None:
-        workers: list[_Worker] = []
-        closed = "the VerifierPool failed"
-        try:
-            for _ in range(self._num_workers):
-                workers.append(self._start())
-            while not self._closed:
-                self._step(workers)
-        except Exception as error:
-            closed = f"the VerifierPool failed: {error}"
-        finally:
-            with self._lock:
-                self._closed = self._closed or closed
-            for worker in workers:
-                worker.kill()
-            for job in [*(job for worker in workers for job in worker.jobs), *self._queue]:
-                job.ticket.set_exception(RuntimeError(self._closed))
-
-    def _step(self, workers: "list[_Worker]") -> None:
-        """Hands out jobs, waits for something to happen, and deals with it."""
-        for worker in workers:
-            if worker.ready and not worker.jobs and self._queue:
-                self._hand_out(worker)
-        due = min(worker.due for worker in workers)
-        timeout = None if due == math.inf else max(0.0, due - time.monotonic())
-        readable = connection.wait([self._bell, *(worker.conn for worker in workers)], timeout)
-        if self._bell in readable:
-            self._bell.recv_bytes()
-            self._rung = False  # before the queue is looked at
-        now = time.monotonic()
-        for i, worker in enumerate(workers):
-            if worker.conn in readable:  # first: an answer in time counts, however late this thread comes to read it
-                if not self._hear(worker):
-                    workers[i] = self._replace(worker, missed_deadline=False)
-            elif worker.due <= now:
-                workers[i] = self._replace(worker, missed_deadline=True)
-
-    def _start(self) -> "_Worker":
-        return _Worker.start(self._pickled_judge, due=time.monotonic() + _START_S)
-
-    def _hand_out(self, worker: "_Worker") -> None:
-        """A few jobs in one message, fewer towards the end of the queue. Their worker is idle, so that it will read."""
-        size = max(1, min(_MAX_JOBS_PER_MESSAGE, len(self._queue) // (2 * self._num_workers)))
-        worker.jobs.extend(self._queue.popleft() for _ in range(size))
-        worker.due = time.monotonic() + self._deadline_s
-        with contextlib.suppress(OSError):  # it has just died; the next wait will tell
-            worker.conn.send([job.payload for job in worker.jobs])
-
-    def _hear(self, worker: "_Worker") -> bool:
-        """Takes one message. Returns False if there is none because the worker has died."""
-        try:
-            message = worker.conn.recv()
-        except (EOFError, OSError):
-            return False
-        if worker.ready:
-            worker.jobs.popleft().ticket.set_result(message)
-        elif message:
-            raise RuntimeError(f"a worker cannot import the judge: {message}")
-        worker.ready = True
-        self._failed_starts = 0
-        # The clock of the next job of the message starts with the answer to the one before it.
-        worker.due = time.monotonic() + self._deadline_s if worker.jobs else math.inf
-        return True
-
-    def _replace(self, worker: "_Worker", *, missed_deadline: bool) -> "_Worker":
-        """Kills a worker. The job that it was at is ungradable, and those that it had not begun are queued again."""
-        ending = worker.kill()
-        if not worker.ready:
-            self._failed_starts += 1
-            if self._failed_starts == _MAX_FAILED_STARTS:
-                raise RuntimeError(
-                    f"{_MAX_FAILED_STARTS} workers in a row did not start; the last one {ending}. What they wrote to "
-                    f"stderr may say why; import the judge in a new interpreter to see it, or judge with workers=0"
-                )
-        elif missed_deadline:
-            self.missed_deadlines += 1
-            ending = f"deadline of {self._deadline_s:g} s"
-        else:
-            self.crashes += 1
-            ending = f"the judging process {ending}"
-        if worker.jobs:
-            worker.jobs.popleft().ticket.set_result(Verdict(Outcome.UNGRADABLE, ending))
-            self._queue.extendleft(reversed(worker.jobs))
-        return self._start()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Job:
-    payload: bytes  # the pickled (problem, text): what cannot be pickled fails in `submit`, not in the thread
-    ticket: "Future[Verdict]"
-
 
 @dataclasses.dataclass(eq=False)
-class _Worker:
-    """A process, as the pool sees it."""
-
-    process: subprocess.Popen
-    conn: connection.Connection
-    due: float  # when patience ends, on the monotonic clock; inf while it has nothing to do
-    ready: bool = False  # has imported the judge
-    jobs: collections.deque[_Job] = dataclasses.field(default_factory=collections.deque)  # it is at the first
-
-    @classmethod
-    def start(cls, pickled_judge: bytes, *, due: float) -> "_Worker":
-        """A new interpreter, not a fork of this one, whose JAX has threads; nor does it run the main script again."""
-        ours, theirs = connection.Pipe()
-        with theirs:
-            path = [str(entry) for entry in sys.path]
-            code = (
-                f"import sys; sys.path[:] = {path}; from kimi_jax.rewards.pool import _serve; _serve({theirs.fileno()})"
-            )
-            process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # what a judge prints is not the program's output
-                env=os.environ | _WORKER_ENVIRONMENT,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # out of reach of Ctrl-C, and killed together with what the judge started
-            )
-        with contextlib.suppress(OSError):  # it has died already
-            ours.send_bytes(pickled_judge)
-        return cls(process, ours, due)
-
-    def kill(self) -> str:
-        """Ends the process, if it has not ended by itself, and says how it did."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # gone already
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.conn.close()
-        status = self.process.wait()
-        return f"died of {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+class _Job:
+    payload: bytes  # the pickled arguments: what cannot be pickled fails in `call`, not in the thread
+    ticket: "Future[Any]"
+    begun: float = math.inf  # when a worker got it, on the monotonic clock
 
 
-def _pickled(judge: Judge) -> bytes:
-    """The name of the judge, pickled."""
+def _verdict(judge: Judge, problem: Problem, text: str) -> Verdict:
+    verdict = judge(problem, text)
+    if not isinstance(verdict, Verdict):
+        raise TypeError(f"the judge returned {verdict!r:.80}, not a Verdict")
+    return verdict
+
+
+def _pickled(function: Callable) -> bytes:
+    """The name of the function, pickled."""
     remedy = "define it at the top level of a module that can be imported, or judge in this process with workers=0"
     try:
-        pickled = pickle.dumps(judge)
+        pickled = pickle.dumps(function)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise ValueError(f"workers cannot import the judge {judge!r} ({error}); {remedy}") from error
+        raise ValueError(f"workers cannot import the judge {function!r} ({error}); {remedy}") from error
     if b"__main__" in pickled:
-        raise ValueError(f"workers cannot import the judge {judge!r} from the running script or notebook; {remedy}")
+        raise ValueError(f"workers cannot import the judge {function!r} from the running script or notebook; {remedy}")
     return pickled
-
-
-def _verdict(judge: Judge, payload: bytes) -> Verdict:
-    try:
-        verdict = judge(*pickle.loads(payload))
-        if not isinstance(verdict, Verdict):
-            raise TypeError(f"the judge returned {verdict!r:.80}, not a Verdict")
-        return verdict
-    except (Exception, SystemExit) as error:
-        return Verdict(Outcome.UNGRADABLE, f"{type(error).__name__}: {error}")
-
-
-# --- in the worker ----------------------------------------------------------------------------------------------------
-
-
-def _serve(fd: int) -> None:
-    """What a worker does until its pool is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        # Die with the thread that started this process, even in a loop that never comes back to read the connection.
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-    conn = connection.Connection(fd)
-    with contextlib.suppress(EOFError, OSError):  # the pool is gone
-        pickled_judge = conn.recv_bytes()
-        try:
-            judge = pickle.loads(pickled_judge)
-        except Exception as error:
-            conn.send(f"{type(error).__name__}: {error}")
-            return
-        conn.send("")
-        while True:
-            for payload in conn.recv():
-                conn.send(_verdict(judge, payload))

@@ -2,10 +2,10 @@
 
 import difflib
 import functools
-import importlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from kimi_jax.rewards.own import find_function
 from kimi_jax.tasks.base import Task, verify_exact
 from kimi_jax.tasks.equivalence import EQUIVALENCE
 from kimi_jax.tasks.math import CHAIN, COUNTDOWN_TASKS
@@ -21,8 +21,15 @@ def _verify_math(problem: Problem, text: str) -> Verdict:
     return verify_math(problem.answer, text)
 
 
-# Of problems that come from files, which nothing here draws: `answer` after "Answer:", or mathematics in any form.
-VERIFIERS: dict[str, Callable[[Problem, str], Verdict]] = {"exact": verify_exact, "math": _verify_math}
+def _verify_code(problem: Problem, text: str, *, sandbox: str | None = None) -> Verdict:
+    from kimi_jax.rewards.code import verify_code  # imports the sandbox
+
+    return verify_code(problem.answer, text, sandbox=sandbox)
+
+
+# Of problems that come from files, which nothing here draws: `answer` after "Answer:", mathematics in any form, or a
+# program that passes tests.
+VERIFIERS: dict[str, Callable[..., Verdict]] = {"exact": verify_exact, "math": _verify_math, "code": _verify_code}
 
 
 def get_task(name: str) -> Task:
@@ -36,37 +43,30 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-def get_verifier(name: str) -> Callable[[Problem, str], Verdict]:
-    """What judges problems whose `task` is `name`. Raises ValueError with the nearest names where there is nothing."""
+def get_verifier(name: str, *, sandbox: str | None = None) -> Callable[[Problem, str], Verdict]:
+    """What judges problems whose `task` is `name`. Raises ValueError with the nearest names where there is nothing.
+
+    sandbox: the URL of a service that runs code; None: one in the process that calls the verifier.
+    """
+    if name == "code":
+        return functools.partial(_verify_code, sandbox=sandbox)
     return VERIFIERS[name] if name in VERIFIERS else get_task(name).verify
 
 
-def verify(problem: Problem, text: str, own: Mapping[str, str] = MappingProxyType({})) -> Verdict:
+def verify(
+    problem: Problem, text: str, own: Mapping[str, str] = MappingProxyType({}), sandbox: str | None = None
+) -> Verdict:
     """The verdict of the problem's task. A verifier that fails gives UNGRADABLE, with the reason.
 
-    own: verifiers of the user by name of the task, "module:function", which go before those of the tasks here.
+    own: verifiers of the user by name of the task, "module:function", which go before those of the tasks here. sandbox:
+    see `get_verifier`.
     """
     try:
-        judge = find_verifier(own[problem.task]) if problem.task in own else get_verifier(problem.task)
+        name = problem.task
+        judge = find_function(own[name]) if name in own else get_verifier(name, sandbox=sandbox)
         verdict = judge(problem, text)
         if not isinstance(verdict, Verdict):
             raise TypeError(f"the verifier returned {verdict!r:.80}, not a Verdict")
         return verdict
     except Exception as error:  # a broken verifier or problem must neither stop a run nor pass for a wrong answer
         return Verdict(Outcome.UNGRADABLE, f"{type(error).__name__}: {error}")
-
-
-@functools.cache
-def find_verifier(name: str) -> Callable[[Problem, str], Verdict]:
-    """The function "module:function". Raises ValueError that says what is wrong with the name."""
-    module, colon, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"there is no verifier {name!r} ({error}): give 'module:function' of a module that Python finds from where "
-            "the run is started, or on PYTHONPATH"
-        ) from error
-    if not colon or not callable(found):
-        raise ValueError(f"{name!r} is no function: give 'module:function', called with (problem, text)")
-    return found

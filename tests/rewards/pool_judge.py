@@ -10,6 +10,8 @@ import time
 
 from kimi_jax.types import Outcome, Problem, Verdict
 
+IMPORTED = os.getpid()  # where
+
 
 def obey(problem: Problem, text: str) -> Verdict:
     command, _, argument = text.partition(" ")
@@ -46,6 +48,15 @@ def obey(problem: Problem, text: str) -> Verdict:
             child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
             pathlib.Path(argument).write_text(str(child.pid))
             child.wait()
+        case "await":  # hang until the file is there
+            while not pathlib.Path(argument).exists():
+                time.sleep(0.01)
+            return Verdict(Outcome.CORRECT, "it came")
+        case "origin":
+            return Verdict(Outcome.CORRECT, f"imported {IMPORTED}, in {os.getpid()}, of {os.getppid()}")
+        case "orphan":  # itself: the process that made it dies
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(60)
         case "exit":
             os._exit(int(argument))
         case "kill":

@@ -25,7 +25,7 @@ def judged(verdicts, texts=TEXTS) -> RolloutGroup:
 
 def written(path, group) -> list[dict]:
     rewards, components = shaped_rewards(group, {"length": 0.1})
-    MetricsWriter(path).write_all(5, audit.records([group], [rewards], [components]))
+    MetricsWriter(path).write_all(5, audit.records([group], [rewards], [components], [{"brevity": "it failed"}]))
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -33,6 +33,8 @@ def test_records_can_be_judged_again(tmp_path):
     records = written(tmp_path / "verdicts.jsonl", judged([verify(PROBLEM, text) for text in TEXTS]))
     assert [r["outcome"] for r in records] == ["correct", "wrong", "wrong", "wrong", "correct"]
     assert [r["reward_format"] for r in records] == [0, 0, -1, -1, 0]
+    assert [r["well_formed"] for r in records] == [True, True, False, False, True]
+    assert {(r["group"], r["failed"]) for r in records} == {(0, "brevity: it failed")}
     assert [r["serial"] for r in records] == [11, 12, 13, 14, 15] and {r["step"] for r in records} == {5}
     again = [verify(*audit.question(record)) for record in records]
     assert audit.disagreements(records, again) == []
@@ -60,11 +62,10 @@ def test_alarm(rates, rings):
     heard = []
     for rate in rates:
         failed = round(rate * 50)
-        verdicts = [Verdict(Outcome.UNGRADABLE, "TypeError: no")] * failed + [Verdict(Outcome.WRONG)] * (50 - failed)
-        heard.append(alarm.rings([judged(verdicts, ["x"] * 50)]))
+        heard.append(alarm.rings(["TypeError: no"] * failed, of=50))
     assert [message is not None for message in heard] == rings
     assert all("TypeError: no" in message for message in heard if message)
 
 
 def test_no_responses_are_no_alarm():
-    assert audit.UngradableAlarm(share=0.05).rings([]) is None
+    assert audit.UngradableAlarm(share=0.05).rings([], of=0) is None

@@ -1,5 +1,6 @@
 """The oracle of most tests is the judge itself, called here; of the rest, the processes that the kernel lists."""
 
+import contextlib
 import importlib
 import os
 import pathlib
@@ -50,12 +51,25 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until_dead(pids) -> None:
+def wait_until(holds) -> None:
     for _ in range(1000):
-        if not any(is_alive(pid) for pid in pids):
+        if holds():
             return
         time.sleep(0.01)
-    raise AssertionError(f"still alive: {[pid for pid in pids if is_alive(pid)]}")
+    raise AssertionError("not even after ten seconds")
+
+
+def wait_until_dead(pids) -> None:
+    wait_until(lambda: not any(is_alive(pid) for pid in pids))
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
@@ -141,6 +155,58 @@ def test_what_the_judge_started_goes_with_it(tmp_path):
     with VerifierPool(obey, workers=1, deadline_s=DEADLINE) as pool:
         assert judged(pool, [f"child {tmp_path / 'pid'}"]) == [MISSED]
     wait_until_dead([int((tmp_path / "pid").read_text())])
+
+
+def test_those_that_hang_take_no_time_from_the_others(tmp_path):
+    """With a deadline that never comes and two workers, eleven hang; the others are judged all the same."""
+    with VerifierPool(obey, workers=2, deadline_s=60.0) as pool:
+        judged(pool, ["echo a"] * 101)  # so that it knows what is usual
+        hung = [pool.submit(PROBLEM, f"await {tmp_path / 'go'}") for _ in range(11)]
+        assert judged(pool, ["echo a"] * 41) == [obey(PROBLEM, "echo a")] * 41
+        those = {judged(pool, ["origin"])[0].detail for _ in range(41)}  # one after the other
+        assert len(those) <= 2 and not any(ticket.done() for ticket in hung)
+        (tmp_path / "go").touch()
+        assert {verdict.detail for verdict in pool.verdicts(hung)} == {"it came"}
+        assert (pool.missed_deadlines, pool.crashes) == (0, 0)
+
+
+@on_linux
+def test_there_are_only_so_many_spares_and_they_go_when_they_are_not_needed(tmp_path):
+    with VerifierPool(obey, workers=1, deadline_s=60.0) as pool:
+        judged(pool, ["echo a"] * 101)
+        template = int(judged(pool, ["origin"])[0].detail.split()[-1])
+        tickets = [pool.submit(PROBLEM, f"await {tmp_path / 'go'}") for _ in range(30)]
+        wait_until(lambda: len(children(template)) == 9)
+        time.sleep(0.2)
+        assert len(children(template)) == 9 and not any(ticket.done() for ticket in tickets)
+        (tmp_path / "go").touch()
+        pool.verdicts(tickets)
+        wait_until(lambda: len(children(template)) == 1)
+
+
+def test_slow_is_what_takes_much_longer_than_usual():
+    """Where all judgements take long, none of them is stood in for: the processor is not given to more of them."""
+    with VerifierPool(obey, workers=2, deadline_s=60.0) as pool:
+        judged(pool, ["sleep 0.06"] * 5)
+        verdicts = judged(pool, ["origin"] * 3 + ["sleep 0.09", "sleep 0.12", "origin"] * 7)
+        assert len({v.detail for v in verdicts if "imported" in v.detail}) <= 2
+
+
+def test_a_new_worker_is_a_copy_and_imports_nothing():
+    with VerifierPool(obey, workers=2, deadline_s=60.0) as pool:
+        texts = ["origin", "exit 3", "kill 11"] * 7 + ["origin"]
+        origins = [verdict.detail.split()[1::2] for verdict in judged(pool, texts) if "imported" in verdict.detail]
+        assert pool.crashes == 14
+    imported, _, parents = zip(*[[word.strip(",") for word in words] for words in origins], strict=True)
+    assert len(origins) == 8 and len({*imported, *parents}) == 1
+
+
+def test_when_the_template_is_lost_there_is_another():
+    with VerifierPool(obey, workers=1, deadline_s=60.0) as pool:
+        before, lost, after = judged(pool, ["origin", "orphan", "origin"])
+        assert lost.outcome == Outcome.UNGRADABLE and pool.crashes == 1
+    assert before.outcome == after.outcome == Outcome.CORRECT
+    assert before.detail.split()[-1] != after.detail.split()[-1]
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------

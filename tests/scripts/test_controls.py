@@ -75,6 +75,15 @@ def test_both_controls_on_a_run_in_miniature(finished, capsys):
     row = json.loads((finished / "swapped_images.json").read_text())["pips"]
     assert 0 < row["n"] <= 11 and all(0 <= share <= 1 for name, share in row.items() if name != "n")
     assert all(path.read_bytes() == data for path, data in before.items())  # the run is as it was
+
+    assert controls.main([flag, "faulty"]) == 0
+    drill = json.loads((finished.with_name("run-faulty") / "faulty.json").read_text())
+    assert drill["run"]["rl"] == own["rl"] and drill["faulty"]["rl"].keys() == own["rl"].keys()
+    assert drill["run"]["missed_deadlines"] == drill["run"]["verifier_crashes"] == drill["run"]["ungradable"] == 0
+    records = [json.loads(line) for line in (finished.with_name("run-faulty") / "verdicts.jsonl").open()]
+    ungradable = [record["outcome"] == "ungradable" for record in records]
+    assert drill["faulty"]["ungradable"] == pytest.approx(np.mean(ungradable))
+    assert drill["faulty"]["missed_deadlines"] + drill["faulty"]["verifier_crashes"] == sum(ungradable)
     with Checkpointer.reader(target / "checkpoints" / "rl") as checkpoints:
         assert checkpoints.latest_step() == 2
 
