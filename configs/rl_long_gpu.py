@@ -3,12 +3,12 @@
     python scripts/train.py --config=configs/rl_long_gpu.py --workdir=runs/rl_long_gpu
     python scripts/train.py --config=configs/rl_long_gpu.py --dry_run
 
-One H200 (commit aa9f449): 7 minutes, 33 GiB at most. Rollout phases of 52, 66, 98 and 148 s with 4, 8, 12 and 16 rows in
-flight; in the last one 10 s to read 786,000 saved tokens again, 0.1 s to judge, 42 s for the update. The run shows that
-the length fits and what it costs, in memory and in seconds; nothing is learned. The model has the shape of
-Qwen2.5-0.5B (but the small vocabulary of the task) and random weights, drawn from at a temperature at which they fall
-into loops, so that most responses run to their cut. Their rewards are equal, so their gradients are zero; dividing
-logits by so low a temperature also magnifies `logprob_gap`.
+One H200 (commit aa9f449): 7 minutes, 33 GiB at most. Rollout phases of 52, 66, 98 and 148 s with 4, 8, 12 and 16 rows
+in flight; in the last one 10 s to read 786,000 saved tokens again; then 42 s for the update. The run shows that the
+length fits and what it costs, in memory and in seconds; nothing is learned. The model has the shape of Qwen2.5-0.5B
+(but the small vocabulary of the task) and random weights, drawn from at a temperature at which they fall into loops, so
+that most responses run to their cut. Their rewards are equal, so their gradients are zero; dividing logits by so low a
+temperature also magnifies `logprob_gap`.
 
 An iteration begins 4 responses and lets every open one grow by 32,768 tokens; so 4, 8, 12 and then 16 are in flight,
 and from the fourth iteration on 4 are complete and trained on, one packed row each. The same command after Ctrl-C

@@ -40,6 +40,11 @@ def accuracy(groups: Sequence[RolloutGroup]) -> float:
     return float(np.mean(outcomes)) if outcomes else float("nan")
 
 
+def ungradable(groups: Sequence[RolloutGroup]) -> float:
+    """Share of responses without a verdict, which are so much of what `accuracy` is short of 1."""
+    return float(np.mean([verdict.outcome == Outcome.UNGRADABLE for group in groups for verdict in group.verdicts]))
+
+
 def mean_tokens(groups: Sequence[RolloutGroup]) -> float:
     """Mean response length in tokens, end token included."""
     return float(np.mean([len(rollout) for group in groups for rollout in group.rollouts]))
@@ -56,7 +61,8 @@ def evaluate(
     key: jax.Array,
     judge: Judge,
 ) -> dict[str, dict[str, float]]:
-    """Per kind of problem: {"accuracy": pass@1 at temperature 1, "greedy_accuracy", "mean_tokens" (sampled), "n"}."""
+    """Per kind of problem: {"accuracy": pass@1 at temperature 1, "greedy_accuracy", "mean_tokens" and "ungradable"
+    (sampled), "n"}."""
     sample = lambda temperature: sample_groups(  # noqa: E731
         engine,
         params,
@@ -75,6 +81,7 @@ def evaluate(
             "accuracy": accuracy([sampled[i] for i in members]),
             "greedy_accuracy": accuracy([greedy[i] for i in members]),
             "mean_tokens": mean_tokens([sampled[i] for i in members]),
+            "ungradable": ungradable([sampled[i] for i in members]),
             "n": len(members),
         }
     return results

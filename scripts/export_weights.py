@@ -16,6 +16,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+_STAGES = ("rl", "dpo", "sft", "merged")  # the last one first
+
 # Everything that imports JAX is imported after the flags are parsed, so that a typing error is reported at once.
 
 
@@ -25,7 +27,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", type=pathlib.Path, required=True, help="a run, or an import")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a new directory")
-    parser.add_argument("--stage", choices=("rl", "sft"), help="of a run; default: rl if it has a checkpoint, else sft")
+    parser.add_argument("--stage", choices=_STAGES, help="of a run; default: the first of these with a checkpoint")
     parser.add_argument("--step", type=int, help="of that stage; default: the newest")
     parser.add_argument("--shard_gb", type=float, default=5.0, help="most gigabytes of a file (default: 5)")
     parser.add_argument("--overwrite", action="store_true", help="replace the model that is at OUT")
@@ -71,7 +73,7 @@ def find_stage(workdir: pathlib.Path, wanted: str | None) -> str | None:
     from kimi_jax.training.checkpoint import Checkpointer
 
     found = []
-    for stage in ("rl", "sft"):
+    for stage in _STAGES:
         directory = workdir / "checkpoints" / stage
         if directory.is_dir():
             with Checkpointer.reader(directory) as checkpoints:

@@ -21,6 +21,7 @@ from typing import Any
 
 # Everything that imports JAX is imported after the flags are parsed, so that a typing error is reported at once.
 
+_STAGES = ("rl", "dpo", "sft", "merged")  # the last one first
 _CHUNK = 8  # tokens between two pieces of printed text
 _INCOMPLETE = "\ufffd"  # how the bytes of an unfinished character decode
 
@@ -36,7 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the model")
     parser.add_argument("--prompt", help="the question, <image> where an image belongs; default: read from stdin")
     parser.add_argument("--image", action="append", default=[], help="an image file; once per image, in order")
-    parser.add_argument("--stage", choices=("rl", "sft"), help="default: rl if it has a checkpoint, else sft")
+    parser.add_argument("--stage", choices=_STAGES, help="default: the first of these with a checkpoint")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most likely token (default: 1)")
     parser.add_argument("--top_p", type=float, default=1.0, help="in (0, 1]; 1, the default, is off")
     parser.add_argument("--top_k", type=int, default=0, help="0, the default, is off")
@@ -169,7 +170,7 @@ def find_stage(workdir: pathlib.Path, wanted: str | None) -> str:
     from kimi_jax.training.checkpoint import Checkpointer
 
     found = []
-    for stage in ("rl", "sft"):
+    for stage in _STAGES:
         directory = workdir / "checkpoints" / stage
         if directory.is_dir():
             with Checkpointer.reader(directory) as checkpoints:

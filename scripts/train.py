@@ -8,7 +8,6 @@ The same command again resumes. Exit status: 0 finished, or stopped by Ctrl-C an
 with the reason in one line on stderr; 1 anything else, with its traceback.
 """
 
-import difflib
 import os
 import pathlib
 import re
@@ -18,7 +17,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 # Everything that imports JAX is imported after the flags are parsed, so that a typing error is reported at once.
-from kimi_jax.trainers.config import check_config, default_config, fields
+from kimi_jax.trainers.config import check_config, nearest_field
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(); --config.FIELD=VALUE overrides.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run. A run that is there resumes.")
@@ -86,11 +85,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
     if path is not None and not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"--config={path}: there is no such file. " + _configs())
-    known = dict(fields(default_config()))
     for argument in argv[1:]:
         name = re.match(r"--?config\.([^=]+)", argument)
-        if name and name[1] not in known:
-            near = difflib.get_close_matches(name[1], known, n=1, cutoff=0.0)[0]
+        if name and (near := nearest_field(name[1])):
             raise ValueError(f"Unknown override --config.{name[1]}. Did you mean --config.{near}?")
     try:
         return flags.FLAGS(argv)

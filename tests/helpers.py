@@ -165,13 +165,15 @@ def rl_stepper(
     policy: Policy, *, optimizer, rate: float, clip_norm=1e6, moments_sharding=lambda tree: None, trained=(".*",)
 ) -> Stepper:
     """The update of RL, with a constant learning rate."""
+    from kimi_jax.trainers import objectives
+    from kimi_jax.trainers.config import default_config
     from kimi_jax.trainers.rl import loss_fn
 
     quick = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
     with unittest.mock.patch.object(jax, "jit", quick):
         return Stepper(
             policy=policy,
-            loss_fn=functools.partial(loss_fn, form="sequence"),
+            loss_fn=functools.partial(loss_fn, objective=objectives.find(default_config().rl)),
             optimizer=optimizer,
             schedule=lambda step: jnp.float32(rate),
             clip_norm=clip_norm,

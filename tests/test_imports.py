@@ -21,7 +21,8 @@ LAYERS = (
     ("losses", "models", "rewards", "data.tokenizer", "data.images", "data.packing", *HF_FILES),
     ("training",),
     ("sampling", "data.chat", "data.chat_template", "data.hf_chat", "tasks"),
-    ("rl", "data.loaders", "evals", "report"),
+    ("rl", "data.loaders", "data.documents", "data.mixture", "evals", "report", "curation"),
+    ("long2short",),
     ("trainers",),
 )
 BARE = ("", "data")  # their modules are in several rows, so the packages themselves import nothing of the project

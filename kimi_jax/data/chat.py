@@ -18,7 +18,9 @@ import numpy as np
 
 from kimi_jax.data.images import patchify
 from kimi_jax.data.tokenizer import Tokenizer
-from kimi_jax.types import IMAGE_MARKER, Example, Problem, Prompt
+from kimi_jax.types import IMAGE_MARKER, Example, ImagePatches, Problem, Prompt
+
+Turn = tuple[str, str]  # (role, text); IMAGE_MARKER stands in the texts once for each image, in order
 
 
 class ChatFormat(Protocol):
@@ -41,6 +43,10 @@ class ChatFormat(Protocol):
     def encode_problem(self, problem: Problem, /) -> Prompt: ...
 
     def encode_example(self, prompt: Prompt, response: str) -> Example: ...
+
+    def encode_conversation(self, turns: Sequence[Turn], images: Sequence[np.ndarray]) -> Example: ...
+
+    def encode_document(self, text: str, images: Sequence[np.ndarray]) -> Example: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +74,50 @@ class NativeChat:
     def encode_example(self, prompt: Prompt, response: str) -> Example:
         return encode_example(prompt, response, tokenizer=self.tokenizer)
 
+    def encode_conversation(self, turns: Sequence[Turn], images: Sequence[np.ndarray]) -> Example:
+        """All that the assistant wrote is trained, with the end token of each of its turns:
+
+            tokens   <|user|>  3  +  4  <|assistant|>  7  <|end|>  <|user|>  -  2  <|assistant|>  5  <|end|>
+            trained      0     0  0  0        0        1     1         0     0  0        0        1     1
+
+        Raises ValueError unless user and assistant take turns, the user first, with one marker per image.
+        """
+        roles = [role for role, _ in turns]
+        if not turns or roles != ["user", "assistant"] * (len(turns) // 2):
+            raise ValueError(
+                f"in a conversation user and assistant take turns, and the assistant has the last word, but the roles "
+                f"are {', '.join(roles) or 'none'}; put what a system message says into the first turn of the user"
+            )
+        check_markers("".join(text for _, text in turns), images)
+        left = [self._patchify(image) for image in images]
+        tokens, trained, shown = [], [], []
+        for role, text in turns:
+            own, left = left[: text.count(IMAGE_MARKER)], left[text.count(IMAGE_MARKER) :]
+            shown += own
+            written = role == "assistant"
+            body = _encode_text(text, own, self.tokenizer) + [self.tokenizer.end_id] * written
+            tokens += [self.tokenizer.assistant_id if written else self.tokenizer.user_id, *body]
+            trained += [False, *(written and token != self.tokenizer.image_id for token in body)]
+        return Example(np.array(tokens, np.int32), np.array(trained), tuple(shown))
+
+    def encode_document(self, text: str, images: Sequence[np.ndarray]) -> Example:
+        """A text to learn as it is, images within it, and that it ends. Its first token is not trained: nothing
+        predicts it. Raises ValueError unless there is one marker per image."""
+        check_markers(text, images)
+        patched = [self._patchify(image) for image in images]
+        tokens = np.array([*_encode_text(text, patched, self.tokenizer), self.tokenizer.end_id], np.int32)
+        return document(tokens, patched, image_id=self.image_id)
+
+    def _patchify(self, image: np.ndarray) -> ImagePatches:
+        return patchify(image, patch_size=self.patch_size, merge=self.merge)
+
+
+def document(tokens: np.ndarray, images: Sequence[ImagePatches], *, image_id: int) -> Example:
+    """All tokens are trained but the first, which nothing predicts, and those of images."""
+    trained = tokens != image_id
+    trained[0] = False
+    return Example(tokens=tokens, trained=trained, images=tuple(images))
+
 
 def encode_prompt(
     text: str, images: Sequence[np.ndarray], *, tokenizer: Tokenizer, patch_size: int, merge: int
@@ -82,12 +132,18 @@ def encode_prompt(
     Raises ValueError unless there is exactly one marker per image.
     """
     check_markers(text, images)
-    first, *rest = text.split(IMAGE_MARKER)
     patched = tuple(patchify(image, patch_size=patch_size, merge=merge) for image in images)
-    tokens = [tokenizer.user_id, *tokenizer.encode(first)]
-    for image, part in zip(patched, rest, strict=True):
+    tokens = [tokenizer.user_id, *_encode_text(text, patched, tokenizer), tokenizer.assistant_id]
+    return Prompt(tokens=np.array(tokens, np.int32), images=patched)
+
+
+def _encode_text(text: str, images: Sequence[ImagePatches], tokenizer: Tokenizer) -> list[int]:
+    """The text around the images and, where a marker stands, the tokens of an image."""
+    first, *rest = text.split(IMAGE_MARKER)
+    tokens = tokenizer.encode(first)
+    for image, part in zip(images, rest, strict=True):
         tokens += [tokenizer.image_id] * image.num_tokens + tokenizer.encode(part)
-    return Prompt(tokens=np.array([*tokens, tokenizer.assistant_id], np.int32), images=patched)
+    return tokens
 
 
 def encode_problem(problem: Problem, /, *, tokenizer: Tokenizer, patch_size: int, merge: int) -> Prompt:

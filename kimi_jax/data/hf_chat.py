@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kimi_jax.data.chat import check_markers, encode_response, naming_the_problem
+from kimi_jax.data.chat import Turn, check_markers, document, encode_response, naming_the_problem
 from kimi_jax.data.chat_template import ChatTemplate, Message, Rendered
 from kimi_jax.data.hf_images import ImageProcessor
 from kimi_jax.data.hf_tokenizer import NO_IMAGES, HFTokenizer, read_json
@@ -164,13 +164,12 @@ class HFChat:
         )
 
     def messages(self, text: str) -> list[dict[str, Any]]:
-        """The conversation that `text` opens. With images the content is a list, else, for all templates, a string."""
-        content: Any = text
-        if IMAGE_MARKER in text:
-            parts = re.split(f"({re.escape(IMAGE_MARKER)})", text)
-            content = [{"type": "image"} if p == IMAGE_MARKER else {"type": "text", "text": p} for p in parts if p]
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": content}]
+        """The conversation that `text` opens."""
+        return [*self._opening, _message("user", text)]
+
+    @property
+    def _opening(self) -> list[dict[str, Any]]:
+        return [{"role": "system", "content": self.system}] if self.system else []
 
     def encode_problem(self, problem: Problem, /) -> Prompt:
         """`encode_prompt` of a problem; an error names it."""
@@ -180,6 +179,46 @@ class HFChat:
     def encode_example(self, prompt: Prompt, response: str) -> Example:
         """A prompt with the response to learn. Exactly the response and its end token are trained."""
         return encode_response(prompt, [*self.tokenizer.encode(response), self.end_id])
+
+    def encode_conversation(self, turns: Sequence[Turn], images: Sequence[np.ndarray]) -> Example:
+        """What the assistant wrote is trained, with what ends its turns. One that has no system message gets `system`.
+
+        Raises ValueError unless there is one IMAGE_MARKER per image, and what the function of this name raises.
+        """
+        if self.template is None:
+            raise ValueError("conversations need a chat template, and raw=True uses none")
+        check_markers("".join(text for _, text in turns), images)
+        opening = [] if turns and turns[0][0] == "system" else self._opening
+        return encode_conversation(
+            [*opening, *(_message(role, text) for role, text in turns)],
+            images,
+            tokenizer=self.tokenizer,
+            template=self.template,
+            process_image=self.process_image,
+            end_ids=self.end_ids,
+        )
+
+    def encode_document(self, text: str, images: Sequence[np.ndarray]) -> Example:
+        """A text to learn as it is, images within it, and that it ends. Special tokens in it are not formed. Its first
+        token is not trained: nothing predicts it. Raises ValueError unless there is one IMAGE_MARKER per image."""
+        check_markers(text, images)
+        first, *rest = text.split(IMAGE_MARKER)
+        tokens = self.tokenizer.encode_document("") + self.tokenizer.encode(first)
+        for part in rest:
+            tokens += self.tokenizer.encode(self.image_text, allow_special=True) + self.tokenizer.encode(part)
+        processed = _process(images, self.process_image)
+        whole = np.array([*tokens, self.tokenizer.end_id], np.int32)
+        repeated = np.repeat(whole, _tokens_per_token(whole, processed, self.image_id))
+        return document(repeated, processed, image_id=self.image_id)
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    """With images the content is a list of parts, else, for all templates, a string."""
+    if IMAGE_MARKER not in text:
+        return {"role": role, "content": text}
+    parts = re.split(f"({re.escape(IMAGE_MARKER)})", text)
+    content = [{"type": "image"} if p == IMAGE_MARKER else {"type": "text", "text": p} for p in parts if p]
+    return {"role": role, "content": content}
 
 
 def load_chat_format(directory: str | os.PathLike, *, system: str = "", raw: bool = False, **variables: Any) -> HFChat:

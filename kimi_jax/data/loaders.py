@@ -4,14 +4,19 @@
 nothing else, and a run may resume with another number of hosts.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
 from kimi_jax.arrays import PackedRows
-from kimi_jax.data.packing import pack_rows, plan_rows
+from kimi_jax.data.packing import check_size, cut_to_fit, joined, pack_rows, plan_rows
 from kimi_jax.types import Example, Problem, Prompt
+
+_PLANNED_AT_ONCE = 16_384  # examples; the time that first fit takes grows with their square
 
 
 def sft_batches(
@@ -21,34 +26,96 @@ def sft_batches(
     rows_per_batch: int,
     row_tokens: int,
     row_patches: int,
-    patch_dim: int,
-    merge: int,
-    image_id: int,
-    extras: Sequence[str] = (),
     together: int = 1,
+    **layout: Any,
 ) -> grain.MapDataset:
     """An endless dataset: element `step` is a PackedRows of `rows_per_batch` rows of NumPy arrays.
 
     The examples are shuffled and packed into rows once; the order of the rows is drawn anew for each epoch. All rows of
     an epoch come before any of the next. A batch may hold the end of one epoch and the beginning of another: nothing is
     left out, and every batch is full. together: so many examples in sequence (2: pairs) stay neighbours in one row; a
-    remainder that is not so many is left out.
+    remainder that is not so many is left out. layout: see `in_batches`.
     Raises ValueError if there are no examples, or one does not fit in a row.
     """
     if len(examples) < together:
         raise ValueError("no examples to train on")
     order = np.random.default_rng(seed).permutation(len(examples) // together)
     shuffled = [examples[together * index + j] for index in order for j in range(together)]
-    joined = [_joined(shuffled[i : i + together]) for i in range(0, len(shuffled), together)]
+    whole = [_side_by_side(shuffled[i : i + together]) for i in range(0, len(shuffled), together)]
     plan = [
         [together * index + j for index in row for j in range(together)]
-        for row in plan_rows(joined, row_tokens=row_tokens, row_patches=row_patches)
+        for row in plan_rows(whole, row_tokens=row_tokens, row_patches=row_patches)
     ]
+    rows = endless(plan, seed).map(lambda row: [shuffled[index] for index in row])
+    return in_batches(rows, rows_per_batch=rows_per_batch, row_tokens=row_tokens, row_patches=row_patches, **layout)
 
-    def pack(rows: Sequence[list[int]]) -> PackedRows:
+
+def document_rows(
+    examples: Sequence[Example] | grain.MapDataset,
+    *,
+    seed: int,
+    row_tokens: int,
+    row_patches: int,
+    image_id: int,
+    whole: bool,
+    attention: str,
+) -> list[Callable[[], list[Example]]]:
+    """The rows of an epoch of `examples`, each a function that makes it: what `pack_rows` puts into one row.
+
+    The examples are made twice, now for their sizes and later for their contents, so that their images and tokens need
+    not all lie in memory. whole: examples are not cut; one that no row can hold is an error. Otherwise those that are
+    longer are cut. attention: "partial", each example sees itself alone, or "full", it sees all of the row before it.
+
+    Raises ValueError if there are no examples, or one does not fit in a row.
+    """
+    if not len(examples):
+        raise ValueError("no examples to train on")
+    limits = {"row_tokens": row_tokens, "row_patches": row_patches}
+
+    def pieces(example: Example) -> list[Example]:
+        return [example] if whole else cut_to_fit(example, image_id=image_id, **limits)
+
+    def make(members: Sequence[tuple[int, int]]) -> list[Example]:
+        found = [pieces(examples[index])[number] for index, number in members]
+        return [joined(found, image_id=image_id)] if attention == "full" else found
+
+    order = np.random.default_rng(seed).permutation(len(examples)).tolist()
+    rows: list[Callable[[], list[Example]]] = []
+    for begin in range(0, len(order), _PLANNED_AT_ONCE):
+        sizes, members = [], []
+        for index in order[begin : begin + _PLANNED_AT_ONCE]:
+            for number, piece in enumerate(pieces(examples[index])):
+                patches = sum(len(image.patches) for image in piece.images)
+                check_size(index, tokens=len(piece.tokens), patches=patches, **limits)
+                sizes.append(_emptied(piece))
+                members.append((index, number))
+        rows += [functools.partial(make, [members[i] for i in row]) for row in plan_rows(sizes, **limits)]
+    return rows
+
+
+def endless(elements: Sequence, seed: int) -> grain.MapDataset:
+    """Epoch after epoch of the elements, each in an order of its own."""
+    return grain.MapDataset.source(elements).seed(seed).shuffle().repeat(None)
+
+
+def in_batches(
+    rows: grain.MapDataset,
+    *,
+    rows_per_batch: int,
+    row_tokens: int,
+    row_patches: int,
+    patch_dim: int,
+    merge: int,
+    image_id: int,
+    extras: Sequence[str] = (),
+) -> grain.MapDataset:
+    """From lists of examples, one for each row, to PackedRows of so many of them: see `data.packing.pack_rows`."""
+
+    def pack(batch: Sequence[Sequence[Example]]) -> PackedRows:
+        ends = np.cumsum([len(row) for row in batch]).tolist()
         packed, _ = pack_rows(
-            shuffled,
-            rows,
+            [example for row in batch for example in row],
+            [range(end - len(row), end) for end, row in zip(ends, batch, strict=True)],
             num_rows=rows_per_batch,
             row_tokens=row_tokens,
             row_patches=row_patches,
@@ -59,13 +126,22 @@ def sft_batches(
         )
         return packed
 
-    endless = grain.MapDataset.source(plan).seed(seed).shuffle().repeat(None)
     if rows_per_batch == 1:  # in batches of one, grain's length of an endless dataset overflows
-        return endless.map(lambda row: pack([row]))
-    return endless.batch(rows_per_batch, batch_fn=pack)
+        return rows.map(lambda row: pack([row]))
+    return rows.batch(rows_per_batch, batch_fn=pack)
 
 
-def _joined(examples: Sequence[Example]) -> Example:
+def _emptied(example: Example) -> Example:
+    """As large, in no memory."""
+    nothing = lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape)  # noqa: E731
+    images = [
+        dataclasses.replace(image, patches=nothing(image.patches), positions=nothing(image.positions))
+        for image in example.images
+    ]
+    return Example(nothing(example.tokens), nothing(example.trained), tuple(images))
+
+
+def _side_by_side(examples: Sequence[Example]) -> Example:
     """One example as large as all of these."""
     return Example(
         tokens=np.concatenate([example.tokens for example in examples]),

@@ -26,7 +26,7 @@ def plan_rows(examples: Sequence[Example], *, row_tokens: int, row_patches: int)
     for index, example in enumerate(examples):
         images = _distinct([example])
         tokens, patches = len(example.tokens), sum(len(image.patches) for image in images)
-        _check_size(index, tokens=tokens, patches=patches, row_tokens=row_tokens, row_patches=row_patches)
+        check_size(index, tokens=tokens, patches=patches, row_tokens=row_tokens, row_patches=row_patches)
         candidates = len(rows) + 1  # the last one is empty, so one always fits
         cost = np.full(candidates, patches)
         for image in images:
@@ -112,6 +112,53 @@ def pack_rows(
             placements[index] = (row, start)
             start = stop
     return rows, placements
+
+
+def cut_to_fit(example: Example, *, row_tokens: int, row_patches: int, image_id: int) -> list[Example]:
+    """A document in pieces that fit in rows, each as long as possible; no image is cut.
+
+    The first token of a piece is not trained, as nothing before it is left. Raises ValueError for an image that no row
+    can hold.
+    """
+    is_image = (np.asarray(example.tokens) == image_id) & ~example.trained
+    places = np.flatnonzero(is_image)
+    ends = np.cumsum([image.num_tokens for image in example.images], dtype=np.int64)  # in `places`
+    spans = [
+        (places[end - image.num_tokens], places[end - 1] + 1) for end, image in zip(ends, example.images, strict=True)
+    ]
+    pieces, start, left = [], 0, list(zip(spans, example.images, strict=True))
+    while start < len(example.tokens):
+        stop, patches, own = min(start + row_tokens, len(example.tokens)), 0, []
+        for (first, last), image in left:
+            if first >= stop:
+                break
+            patches += len(image.patches)
+            if last > stop or patches > row_patches:
+                stop = first
+                break
+            own.append(image)
+        if stop == start:
+            raise ValueError(
+                f"an image of {left[0][1].num_tokens} tokens and {len(left[0][1].patches)} patches does not fit in a "
+                f"row of row_tokens={row_tokens} and row_patches={row_patches}"
+            )
+        trained = example.trained[start:stop].copy()
+        trained[0] = False
+        pieces.append(Example(example.tokens[start:stop], trained, tuple(own)))
+        start, left = stop, left[len(own) :]
+    return pieces
+
+
+def joined(examples: Sequence[Example], *, image_id: int) -> Example:
+    """Documents as one, in which each sees those before it, so that the first token of each is trained as well."""
+    trained = [example.trained.copy() for example in examples]
+    for own, example in zip(trained[1:], examples[1:], strict=True):
+        own[0] = example.tokens[0] != image_id
+    return Example(
+        tokens=np.concatenate([example.tokens for example in examples]),
+        trained=np.concatenate(trained),
+        images=tuple(image for example in examples for image in example.images),
+    )
 
 
 def empty_extras(shape: tuple[int, int], row_patches: int, extras: Collection[str]) -> dict[str, np.ndarray]:
@@ -205,7 +252,8 @@ def _distinct(examples: Iterable[Example]) -> list[ImagePatches]:
     return list({id(image): image for example in examples for image in example.images}.values())
 
 
-def _check_size(index: int, *, tokens: int, patches: int, row_tokens: int, row_patches: int) -> None:
+def check_size(index: int, *, tokens: int, patches: int, row_tokens: int, row_patches: int) -> None:
+    """Raises ValueError for an example that is empty, or that no row can hold. index: how it is named."""
     if tokens == 0:
         raise ValueError(f"example {index} has no tokens; leave it out")
     for unit, size, limit in [("tokens", tokens, row_tokens), ("patches", patches, row_patches)]:

@@ -2,7 +2,7 @@
 
 metrics   rows of `metrics.jsonl`: "step" or "iteration", and numbers (None where there was nothing to measure)
 summary   {"seconds", "device", "seed", "sft": {kind: scores}, "rl": {kind: scores}}; kind is "text" or "image",
-          scores are {"accuracy", "greedy_accuracy", "mean_tokens", "n"}, accuracies in 0..1
+          scores are {"accuracy", "greedy_accuracy", "mean_tokens", "ungradable", "n"}, shares in 0..1
 groups    {stage: [RolloutGroup, ...]}, stages in the order in which they are shown, e.g. {"SFT": ..., "RL": ...}
 """
 

@@ -5,6 +5,7 @@ _ROWS = (
     ("sampled accuracy", "accuracy", "{:.1%}", 100, " points"),
     ("greedy accuracy", "greedy_accuracy", "{:.1%}", 100, " points"),
     ("mean tokens", "mean_tokens", "{:.1f}", 1, ""),
+    ("ungradable", "ungradable", "{:.1%}", None, ""),
     ("n", "n", "{:.0f}", None, ""),
 )  # label, key, format, factor of the gain (None: has no gain), its unit
 
@@ -18,6 +19,8 @@ def score_rows(summary: dict) -> list[tuple[str, ...]]:
             continue
         for label, key, form, factor, unit in _ROWS:
             before, after = (sft or {}).get(key), (rl or {}).get(key)
+            if key == "ungradable" and not (before or after):  # as it should be
+                continue
             gain = "" if factor is None or None in (before, after) else f"{factor * (after - before):+z.1f}{unit}"
             rows.append((kind, label, *("–" if v is None else form.format(v) for v in (before, after)), gain))
     return rows

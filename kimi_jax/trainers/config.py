@@ -4,6 +4,7 @@ The tree is locked: a misspelt key is refused with the nearest valid one. Only `
 """
 
 import difflib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from ml_collections import config_dict
 def default_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
+    # An earlier run to go on from, with its tokenizer: its workdir, or WORKDIR/checkpoints/STAGE[/STEP].
+    config.init = config_dict.placeholder(str)
 
     config.model = ml_collections.ConfigDict()
     config.model.size = "tiny"  # a name in models.config.NAMED_SIZES
@@ -22,6 +25,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.system = ""
     config.model.dtype = config_dict.placeholder(str)  # compute dtype; None keeps that of the size
     config.model.sampling_dtype = config_dict.placeholder(str)  # of the rollout copy of the weights; None: the same
+    config.model.rope_base = config_dict.placeholder(float)  # None keeps that of the model
     config.model.attention = "auto"  # a name in models.attention.IMPLEMENTATIONS, or auto
     config.model.scalar_head = False  # one more output, a number per token: what a classic reward model needs
     config.model.remat = True  # recompute each layer in the backward pass
@@ -50,6 +54,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.data.heldout_file = config_dict.placeholder(str)
     config.data.train_per_kind = 8_000  # problems of each kind (text, image), shared out evenly among its tasks
     config.data.heldout_per_kind = 1_000
+    # What the supervised loop learns instead of the problems' worked solutions: {name: source(...)}. rl.iterations=0
+    # ends the run with it, and then there need not be problems.
+    config.data.mixture = ml_collections.ConfigDict()
 
     config.sft = ml_collections.ConfigDict()
     config.sft.examples_per_kind = 8_000  # how many of the train problems come with their worked solution
@@ -60,14 +67,20 @@ def default_config() -> ml_collections.ConfigDict:
     config.sft.eval_problems = 128  # of each kind, greedy
     config.sft.checkpoint_every = 100
 
+    # The supervised loop learns from preferences, with the settings of sft: trainers.dpo.
+    config.dpo = ml_collections.ConfigDict()
+    config.dpo.pairs = config_dict.placeholder(str)  # a file of them, as scripts/long2short.py dpo-pairs writes
+    config.dpo.beta = 0.1  # β: the greater, the closer the policy stays to the one that it begins with
+
     config.rl = ml_collections.ConfigDict()
-    config.rl.iterations = 60
+    config.rl.iterations = 60  # 0: no RL
     config.rl.problems = 32  # per iteration
     config.rl.responses = 8  # k, per problem
     config.rl.updates = 4  # mini-batches, hence optimizer steps, per iteration
     config.rl.micro_rows = 16
     config.rl.temperature = 1.0
-    config.rl.tau = 0.05  # τ, strength of the pull towards π_i
+    config.rl.objective = "mirror_descent"  # of the report; or grpo, reinforce, rest, rloo: losses.policy_gradient
+    config.rl.tau = 0.05  # τ, strength of the pull towards π_i; this, form and baseline are of mirror_descent
     # Partial rollouts (k1.5 §2.6.2): rl.rollout says what these do.
     config.rl.segment_tokens = config_dict.placeholder(int)  # a response may grow by per iteration; None: to its end
     config.rl.max_segment_lag = config_dict.placeholder(int)  # older tokens carry no loss; None: all do
@@ -75,6 +88,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.rl.oversubscribe = 0.0  # problems ahead, per problem of an iteration, which then ends with enough groups
     config.rl.form = "sequence"  # or length_normalized, token: losses.mirror_descent
     config.rl.baseline = "mean"  # or log_z
+    config.rl.grpo = ml_collections.ConfigDict()
+    config.rl.grpo.clip = 0.2  # ε: ratios to the sampler count between 1 - ε and 1 + ε
+    config.rl.grpo.beta = 0.04  # β, of the KL divergence from π_i; 0: none
     config.rl.reset_optimizer = True  # fresh moments each iteration (k1.5 §2.3.2)
     config.rl.permute_advantages = False  # control: shuffles the advantages within each group, so learning must vanish
     config.rl.curriculum = "uniform"  # or hard_after: rl.prompts
@@ -93,6 +109,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.rewards.workers = 2  # processes that judge responses; 0: in this one
     config.rewards.deadline_s = 10.0  # for one response; then it is ungradable
     config.rewards.verifiers = ()  # of your own, "task=module:function": kimi_jax.tasks.verify
+    config.rewards.components = ()  # of your own, "name=weight*module:function": kimi_jax.rewards.components
+    config.rewards.sandbox = config_dict.placeholder(str)  # for code: URL of a service; None: one in every worker
     config.rewards.weights = ml_collections.ConfigDict()  # of rewards.components, added to 1 for being right
     config.rewards.weights.length = 0.0
     config.rewards.weights.repetition = 0.0
@@ -149,10 +167,28 @@ def default_config() -> ml_collections.ConfigDict:
     return config.lock()
 
 
+def source(**changes: Any) -> ml_collections.ConfigDict:
+    """One source of config.data.mixture. Raises KeyError or AttributeError for a setting that there is not."""
+    config = ml_collections.ConfigDict()
+    config.tasks = ()  # names in tasks.TASKS, whose worked solutions are the records;
+    config.records = 8_000  # how many,
+    config.problems = 1  # and of how many problems each: data.documents.from_tasks
+    config.files = ()  # or files of records (data.documents),
+    config.heldout_files = ()  # and those that its loss is measured on
+    config.form = "documents"  # all of which is learnt, and which are cut where they are too long, or chat
+    # What shares a row with others: "partial" attends to itself alone, "full" to all that is before it in the row.
+    config.attention = "partial"
+    config.weight = ((0, 1.0),)  # of its rows, from step to step: data.mixture.Schedule
+    config.lock().update(changes)
+    return config
+
+
 _AT_LEAST = {
     "model.lora.rank": 0,
     "sft.rows": 1,
     "rl.problems": 1,
+    "rl.grpo.clip": 0,
+    "rl.grpo.beta": 0,
     "rl.micro_rows": 1,
     "rl.segment_tokens": 1,
     "rl.max_segment_lag": 0,
@@ -175,15 +211,19 @@ _AT_LEAST = {
 }
 
 
+OBJECTIVES = ("mirror_descent", "grpo", "reinforce", "rest", "rloo")  # trainers.objectives
+_CHOICES = {
+    "rl.objective": OBJECTIVES,
+    "rl.form": ("sequence", "length_normalized", "token"),
+    "rl.baseline": ("mean", "log_z"),
+}
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Refuses what could only fail later. Raises ValueError that names the fields and the remedy."""
-    known = dict(fields(default_config()))
     for path, _ in fields(config):
-        if path not in known:
-            near = difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
+        if near := nearest_field(path):
             raise ValueError(f"Unknown config key {path!r}. Did you mean {near!r}?")
 
     def divides(small: str, large: str):
@@ -195,10 +235,19 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         value = _get(config, path)
         if value is not None and value < least:
             raise ValueError(f"config.{path}={value} must be at least {least}.")
+    for path, allowed in _CHOICES.items():
+        if (name := _get(config, path)) not in allowed:
+            near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.0)[0]
+            raise ValueError(f"config.{path}={name!r} is none of {', '.join(allowed)}. Did you mean {near!r}?")
     for name in ("dtype", "sampling_dtype"):
         if config.model[name] not in (None, *_DTYPES):
             raise ValueError(f"config.model.{name}={config.model[name]!r} must be one of {', '.join(_DTYPES)} or None.")
     _check_trained(config.model)
+    if config.model.rope_base is not None and (config.model.rope_base <= 0 or config.model.path):
+        raise ValueError(
+            f"config.model.rope_base={config.model.rope_base} must be positive, and a published model keeps its own, "
+            "which is what an export would say. Edit rope_theta in a copy of its config.json to change it."
+        )
     divides("sft.micro_rows", "sft.rows")
     divides("rl.updates", "rl.problems")
     divides("rows.logits_chunk", "rows.tokens")
@@ -208,8 +257,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         )
     if config.rewards.deadline_s <= 0:
         raise ValueError(f"config.rewards.deadline_s={config.rewards.deadline_s} must be positive.")
-    _check_sources(config.data)
+    _check_sources(config)
     _check_reward_model(config.reward_model, config.model)
+    if config.dpo.pairs is not None:
+        _check_dpo(config)
     if config.rl.tau <= 0 or config.rl.temperature <= 0:
         raise ValueError(
             f"config.rl.tau={config.rl.tau} and config.rl.temperature={config.rl.temperature} must be positive."
@@ -220,20 +271,24 @@ def check_config(config: ml_collections.ConfigDict) -> None:
                 f"config.data.train_per_kind={config.data.train_per_kind} and heldout_per_kind="
                 f"{config.data.heldout_per_kind} must be multiples of the number of {kind} tasks, {len(tasks)}."
             )
-    if config.sft.steps and config.sft.examples_per_kind > config.data.train_per_kind:
+    solutions = config.sft.steps and not config.data.mixture
+    if solutions and config.sft.examples_per_kind > config.data.train_per_kind:
         raise ValueError(
             f"config.sft.examples_per_kind={config.sft.examples_per_kind} exceeds config.data.train_per_kind="
             f"{config.data.train_per_kind}: the examples are the worked solutions of the first train problems."
         )
     drawn = config.rl.problems + round(config.rl.oversubscribe * config.rl.problems)
     problems = config.data.train_per_kind * (bool(config.data.text_tasks) + bool(config.data.image_tasks))
-    if drawn > problems and not config.data.train_file:  # of a file the loop over its problems says it
+    if (
+        config.rl.iterations and drawn > problems and not config.data.train_file
+    ):  # of a file the loop over its problems says it
         raise ValueError(
             f"config.rl.problems={config.rl.problems} with rl.oversubscribe={config.rl.oversubscribe} begins with "
             f"{drawn} problems, but there are {problems}. Raise config.data.train_per_kind or lower one of the two."
         )
     longest = config.sampling.prompt_tokens + config.sampling.max_tokens
-    if longest > config.rows.tokens or config.sampling.prompt_patches > config.rows.patches:
+    too_long = longest > config.rows.tokens or config.sampling.prompt_patches > config.rows.patches
+    if too_long and _has_problems(config.data):
         raise ValueError(
             f"A row of config.rows.tokens={config.rows.tokens} tokens and config.rows.patches={config.rows.patches} "
             f"patches cannot hold the longest response: sampling.prompt_tokens + max_tokens = {longest}, "
@@ -241,7 +296,26 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def _check_sources(data: ml_collections.ConfigDict) -> None:
+def _check_sources(config: ml_collections.ConfigDict) -> None:
+    data = config.data
+    for name, options in data.mixture.items():
+        if bool(options.tasks) == bool(options.files):
+            raise ValueError(
+                f"config.data.mixture.{name} needs either tasks or files; it has tasks={tuple(options.tasks)} and "
+                f"files={tuple(options.files)}."
+            )
+        for key, allowed in (("form", ("documents", "chat")), ("attention", ("partial", "full"))):
+            if options[key] not in allowed:
+                raise ValueError(f"config.data.mixture.{name}.{key}={options[key]!r} must be one of {allowed}.")
+        if options.form == "chat" and options.attention == "full":
+            raise ValueError(
+                f"config.data.mixture.{name}: conversations do not attend to others. Set attention='partial'."
+            )
+        for key in ("records", "problems"):
+            if options[key] < 1:
+                raise ValueError(f"config.data.mixture.{name}.{key}={options[key]} must be at least 1.")
+    if not config.sft.steps and not config.rl.iterations:
+        raise ValueError("config.sft.steps=0 and config.rl.iterations=0: there is nothing to do.")
     if (data.train_file is None) != (data.heldout_file is None):
         raise ValueError(
             f"config.data.train_file={data.train_file!r} and config.data.heldout_file={data.heldout_file!r} belong "
@@ -252,8 +326,13 @@ def _check_sources(data: ml_collections.ConfigDict) -> None:
             f"config.data.train_file={data.train_file!r} takes the place of tasks: set config.data.text_tasks=() and "
             "config.data.image_tasks=()."
         )
-    if not (data.train_file or data.text_tasks or data.image_tasks):
+    alone = data.mixture and not config.rl.iterations
+    if not alone and not _has_problems(data):
         raise ValueError("There are no problems: name config.data.text_tasks, image_tasks, or train_file.")
+
+
+def _has_problems(data: ml_collections.ConfigDict) -> bool:
+    return bool(data.train_file or data.text_tasks or data.image_tasks)
 
 
 def _check_reward_model(options: ml_collections.ConfigDict, model: ml_collections.ConfigDict) -> None:
@@ -262,6 +341,18 @@ def _check_reward_model(options: ml_collections.ConfigDict, model: ml_collection
             raise ValueError(f"config.reward_model.{name}={options[name]!r} must be one of {allowed}.")
     if options.kind == "classic" and not model.scalar_head:
         raise ValueError("config.reward_model.kind='classic' gives numbers: set config.model.scalar_head=True.")
+
+
+def _check_dpo(config: ml_collections.ConfigDict) -> None:
+    name = f"config.dpo.pairs={config.dpo.pairs!r}"
+    if not (config.init or config.model.path):
+        raise ValueError(f"{name} needs a policy to begin with: set config.init, or config.model.path.")
+    if config.data.mixture or config.reward_model.kind:
+        raise ValueError(f"{name} is what the supervised loop learns: drop config.data.mixture and reward_model.kind.")
+    if not config.sft.steps or config.dpo.beta <= 0:
+        raise ValueError(
+            f"{name}: config.sft.steps={config.sft.steps} and config.dpo.beta={config.dpo.beta} must be positive."
+        )
 
 
 def _check_trained(model: ml_collections.ConfigDict) -> None:
@@ -285,6 +376,14 @@ def fields(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tupl
             yield from fields(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def nearest_field(path: str) -> str | None:
+    """None for a setting that there is, else the one that `path` looks most like."""
+    known = dict(fields(default_config()))
+    if match := re.fullmatch(r"data\.mixture\.([^.]+)\..+", path):
+        known |= dict(fields(source(), f"data.mixture.{match[1]}."))
+    return None if path in known else difflib.get_close_matches(path, known, n=1, cutoff=0.0)[0]
 
 
 def _get(config, path):

@@ -24,7 +24,7 @@ import ml_collections
 from kimi_jax import evals, report
 from kimi_jax.sampling.logits import SamplingSettings
 from kimi_jax.trainers import config as config_lib
-from kimi_jax.trainers import reward_models, rl, supervised
+from kimi_jax.trainers import dpo, reward_models, rl, supervised
 from kimi_jax.trainers.interrupt import StopRequest
 from kimi_jax.trainers.setup import EVALUATION, REPORT, Setup, build
 from kimi_jax.training import distributed
@@ -48,6 +48,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     setup = build(config, workdir)
     check_prompts(setup)
     problems = f"{len(setup.train)} train and {len(setup.heldout)} held-out problems"
+    if config.data.mixture:
+        problems = f"{problems}, a mixture of {', '.join(config.data.mixture)}"
     if distributed.is_first():
         print(f"{problems}, {setup.chat.tokenizer.vocab_size} tokens, {device_name()}")
 
@@ -61,8 +63,16 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
                 print(f"Accuracy on {heldout['n']} held-out judgements: {heldout['accuracy']:.1%}")
             return summary
         judge = load_judge(setup)
-        params = supervised.train(setup, supervised.sft(setup), stop) if config.sft.steps else setup.init_params()
+        params = _supervised(setup, stop) if config.sft.steps else setup.init_params()
         sft = _stored(workdir / "eval_sft.json", functools.partial(full_evaluation, setup, params))
+        if not config.rl.iterations:
+            summary = {"seconds": round(clock.seconds(), 1), "device": device_name(), "seed": config.seed, "sft": sft}
+            stage = "dpo" if config.dpo.pairs else "sft"
+            summary["last"] = MetricsWriter(workdir / f"{stage}_metrics.jsonl").read()[-1]
+            if distributed.is_first():
+                write_json(workdir / "summary.json", summary)
+                print(json.dumps(summary))
+            return summary
         sft_groups = report_groups(setup, params)
         params = rl.train(setup, params, stop, judge)
         summary = {
@@ -88,6 +98,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     write_json(workdir / "summary.json", summary)
     print(report.results_table(summary))
     return summary
+
+
+def _supervised(setup: Setup, stop: StopRequest) -> dict:
+    stage = dpo.stage(setup) if setup.config.dpo.pairs else supervised.sft(setup)
+    return supervised.train(setup, stage, stop)
 
 
 def prepare_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -134,6 +149,8 @@ def load_judge(setup: Setup) -> evals.Judge | None:
 
 def full_evaluation(setup: Setup, params: dict) -> dict:
     """All held-out problems, sampled and greedy, per kind."""
+    if not setup.heldout:
+        return {}
     return evals.evaluate(
         setup.engine,
         setup.to_rollout(params, None),

@@ -64,9 +64,10 @@ def _batch_lines(config):
         f"SFT update: {config.sft.rows} rows of {tokens:,} tokens in {config.sft.rows // config.sft.micro_rows} "
         f"micro-batches of {config.sft.micro_rows} = {config.sft.micro_rows * tokens:,} tokens"
     )
-    lines = [
-        "# Batches",
-        sft if config.sft.steps else "no SFT",
+    lines = ["# Batches", sft if config.sft.steps else "no SFT"]
+    if not config.rl.iterations:
+        return [*lines, f"{config.sft.steps * config.sft.rows * tokens:,} tokens in all; no RL"]
+    lines += [
         f"RL rollout: {config.rl.problems} problems × {config.rl.responses} = {responses:,} responses, each of at most "
         f"{longest:,} more tokens, {sampling.rows:,} at a time in chunks of {sampling.chunk} tokens; "
         f"prompts are read {sampling.prefill_tokens:,} tokens at a time",
@@ -96,7 +97,8 @@ def _memory_lines(config, policy, mesh, state):
     itemsize = np.dtype(shape.dtype).itemsize
     split = lambda n, ways: n // ways if n % ways == 0 else n  # noqa: E731
     row_ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows, micro_rows = split(config.sampling.rows, row_ways), split(config.rl.micro_rows, row_ways)
+    trainer = config.rl if config.rl.iterations else config.sft
+    rows, micro_rows = split(config.sampling.rows, row_ways), split(trainer.micro_rows, row_ways)
     vocab = split(shape.vocab_size, tensor)
     logits = 3 * np.dtype(np.float32).itemsize * vocab  # of a token: themselves, their softmax, their gradient
 
@@ -110,7 +112,8 @@ def _memory_lines(config, policy, mesh, state):
     always = {"masters, float32": state.trained_bytes}
     if state.frozen:
         always[f"frozen parameters, {config.model.base_dtype}"] = state.masters - state.trained_bytes
-    if not config.rl.reset_optimizer:
+    resets = config.rl.iterations and config.rl.reset_optimizer
+    if not resets:
         always["optimizer moments"] = state.moments
     rollout = always | {
         "rollout copy of the weights": state.rollout,
@@ -118,7 +121,7 @@ def _memory_lines(config, policy, mesh, state):
         "logits of one decode step": rows * logits,
     }
     update = always | {
-        "rollout copy of the weights": state.rollout,
+        **({"rollout copy of the weights": state.rollout} if config.rl.iterations else {}),
         "gradients, float32": state.trained_bytes,
         "optimizer moments": state.moments,
         f"activations, {micro_rows} rows × {config.rows.tokens:,} tokens": activations(
@@ -133,10 +136,10 @@ def _memory_lines(config, policy, mesh, state):
     if "lora" in state.params:
         update["kernels with adapters merged, float32"] = state.merged(config.model.remat)
     lines = ["# Memory per device (estimate)"]
-    for phase, parts in (("rollout", rollout), ("update", update)):
+    for phase, parts in (("rollout", rollout), ("update", update)) if config.rl.iterations else (("update", update),):
         lines += [f"{phase} phase"]
         lines += [f"  {name:44} {_gib(size)}" for name, size in (parts | {"total": sum(parts.values())}).items()]
-    if config.rl.reset_optimizer:
+    if resets:
         lines += ["The moments exist in the update phase only."]
     return lines
 
@@ -169,7 +172,8 @@ class Weights:
         place = lambda tree, rules: setup.with_shardings(tree, sharding.shardings(mesh, tree, rules))  # noqa: E731
         params = setup.params_like(config, policy, mesh)
         trained, frozen = trainable.split(params, setup.trained_patterns(config))
-        opt_state = jax.eval_shape(setup.make_optimizer(config.rl.optimizer).init, trained)
+        options = config.rl if config.rl.iterations else config.sft
+        opt_state = jax.eval_shape(setup.make_optimizer(options.optimizer).init, trained)
         dtype = config.model.sampling_dtype or policy.config.dtype
         rollout_params = jax.eval_shape(functools.partial(policy.to_sampling_layout, dtype=dtype), params)
         return cls(

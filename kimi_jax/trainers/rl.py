@@ -1,9 +1,9 @@
-"""The loop over data that the policy makes: online policy mirror descent (k1.5 §2.3).
+"""The loop over data that the policy makes: online policy mirror descent (k1.5 §2.3), or another objective.
 
     hand-over     masters -> rollout copy of the weights
     rollout       open responses of earlier iterations, and k responses to each of the problems drawn by curriculum and
                   success rate; judged in other processes meanwhile; the unfinished go into the replay buffer (§2.6.2)
-    rewards       correct | wrong | ungradable -> success rates -> shaped rewards -> advantages r_j - b
+    rewards       correct | wrong | ungradable -> success rates -> shaped rewards -> advantages (r_j - b)
     update        score under π_i, then one optimizer step per mini-batch, then drop the moments
     hand-over ...
 
@@ -22,7 +22,6 @@ import numpy as np
 
 from kimi_jax import evals
 from kimi_jax.arrays import RLBatch, TrainState
-from kimi_jax.losses.mirror_descent import Baseline, baseline, surrogate_loss
 from kimi_jax.rewards import audit
 from kimi_jax.rewards.components import COMPONENTS, shaped_rewards
 from kimi_jax.rewards.length import length_weight
@@ -33,19 +32,22 @@ from kimi_jax.rl.replay_buffer import ReplayBuffer
 from kimi_jax.rl.rollout import collect
 from kimi_jax.sampling.handover import num_bytes
 from kimi_jax.sampling.logits import SamplingSettings
+from kimi_jax.trainers import objectives
+from kimi_jax.trainers import rewards as rewards_lib
 from kimi_jax.trainers.interrupt import Interrupted, StopRequest
+from kimi_jax.trainers.objectives import Objective
 from kimi_jax.trainers.setup import EVALUATION, ROLLOUT, Setup
 from kimi_jax.training.checkpoint import Checkpointer
-from kimi_jax.training.metrics import MetricsWriter, Stopwatch, progress
+from kimi_jax.training.metrics import MetricsWriter, Stopwatch, peak_memory, progress
 from kimi_jax.training.step import Stepper, check_finite
 from kimi_jax.types import Outcome, RolloutGroup, StopReason
 
 
-def loss_fn(logprobs, batch: RLBatch, hyper, *, form):
+def loss_fn(logprobs, batch: RLBatch, hyper, *, objective: Objective):
     # Before the first update of an iteration the policy is π_i: its log-probs are the reference, Δ is exactly 0.0.
     reference = jnp.where(hyper["is_pi_i"], jax.lax.stop_gradient(logprobs), batch.reference_logprobs)
     batch = dataclasses.replace(batch, reference_logprobs=reference)
-    return surrogate_loss(logprobs, batch, tau=hyper["tau"], form=form)
+    return objective.loss(logprobs, batch, **{name: hyper[name] for name in objective.hyper})
 
 
 def train(setup: Setup, params: dict, stop: StopRequest, judge: evals.Judge | None = None) -> dict:
@@ -59,8 +61,12 @@ def train(setup: Setup, params: dict, stop: StopRequest, judge: evals.Judge | No
     writer = MetricsWriter(setup.workdir / "metrics.jsonl")
     verdicts = MetricsWriter(setup.workdir / "verdicts.jsonl")
     alarm = audit.UngradableAlarm(scoring.alarm)
+    own_components = rewards_lib.own_components(scoring.components)
+    objective = objectives.find(config)
     stepper = setup.stepper(
-        functools.partial(loss_fn, form=config.form), config.optimizer, total_steps=config.iterations * config.updates
+        functools.partial(loss_fn, objective=objective),
+        config.optimizer,
+        total_steps=config.iterations * config.updates,
     )
     settings = SamplingSettings.of(temperature=config.temperature, end_ids=setup.chat.end_ids)
     prompts = setup.prompts(setup.train)
@@ -82,6 +88,7 @@ def train(setup: Setup, params: dict, stop: StopRequest, judge: evals.Judge | No
     rollout_params = None
     with (
         VerifierPool(setup.verify, workers=scoring.workers, deadline_s=scoring.deadline_s) as verifiers,
+        rewards_lib.component_pool(own_components, scoring) as component_workers,
         Checkpointer(
             setup.workdir / "checkpoints" / "rl",
             keep_last=config.keep_last,
@@ -108,7 +115,7 @@ def train(setup: Setup, params: dict, stop: StopRequest, judge: evals.Judge | No
         verdicts.cut_back(start)
 
         watch = Stopwatch()
-        missed_deadlines = 0  # in earlier iterations
+        lost = {"missed_deadlines": 0, "verifier_crashes": 0}  # in earlier iterations
         bar = progress(desc="RL", total=config.iterations, initial=start)
         for iteration in range(start, config.iterations):
             # --- hand-over
@@ -150,11 +157,15 @@ def train(setup: Setup, params: dict, stop: StopRequest, judge: evals.Judge | No
             weights["length"] = length_weight(
                 iteration, weight=scoring.weights.length, warmup_iterations=scoring.length_warmup
             )
-            shaped = [shaped_rewards(group, weights) for group in groups]
+            weights |= {name: component.weight for name, component in own_components.items()}
+            with watch("components"):
+                own, failures = rewards_lib.own_values(groups, own_components, component_workers)
+            shaped = [shaped_rewards(group, weights, values) for group, values in zip(groups, own, strict=True)]
             rewards, components = [total for total, _ in shaped], [parts for _, parts in shaped]
-            if warning := alarm.rings(groups):
+            ungradable = rewards_lib.without_reward(groups, rewards, failures)
+            if warning := alarm.rings(ungradable, of=sum(map(len, rewards))):
                 bar.write(f"RL iteration {iteration + 1}: {warning}", file=sys.stderr)
-            advantages = [_advantages(r, kind=config.baseline, tau=config.tau) for r in rewards]
+            advantages = [_advantages(objective, *judged) for judged in zip(groups, rewards, strict=True)]
             if config.permute_advantages:
                 rng = np.random.default_rng((setup.config.seed, iteration, 1))  # 1: not the stream of the draws
                 advantages = [_permuted(a, rng) for a in advantages]
@@ -172,27 +183,31 @@ def train(setup: Setup, params: dict, stop: StopRequest, judge: evals.Judge | No
                     oldest_version=oldest_version,
                     **setup.packing,
                 )
-                state, updates = _update(setup, stepper, state, minibatches)
+                state, updates = _update(setup, stepper, state, minibatches, objective.hyper)
 
             # --- metrics, checkpoint
             for update in updates:
                 check_finite(update, f"RL iteration {iteration + 1}")
-            metrics = _metrics(groups, rewards, components, updates, oldest_version=oldest_version, kinds=kinds)
+            names = (*COMPONENTS, *own_components)
+            metrics = _metrics(groups, rewards, components, updates, names, oldest_version=oldest_version, kinds=kinds)
             metrics |= collected.metrics
             if judge:
                 metrics["accuracy_rule"] = evals.accuracy(collected.groups)
             metrics |= {f"seconds_{phase}": s for phase, s in watch.pop().items()}
             metrics["handover_bytes"] = num_bytes(rollout_params)
+            metrics["peak_memory_bytes"] = peak_memory()
             metrics["ungradable_alarm"] = float(warning is not None)
-            metrics["missed_deadlines"] = verifiers.missed_deadlines - missed_deadlines
-            missed_deadlines = verifiers.missed_deadlines
+            metrics["component_failures"] = sum(map(len, failures))
+            so_far = {"missed_deadlines": verifiers.missed_deadlines, "verifier_crashes": verifiers.crashes}
+            metrics |= {name: so_far[name] - lost[name] for name in so_far}
+            lost = so_far
             done = iteration + 1
             last = done == config.iterations
             stopping = stop.requested  # looked at once: a request that comes later waits for the next iteration
             if config.eval_every and (done % config.eval_every == 0 or last):
                 metrics |= _evaluate(setup, state.params)
             if scoring.audit:
-                verdicts.write_all(done, audit.records(groups, rewards, components))
+                verdicts.write_all(done, audit.records(groups, rewards, components, failures))
             writer.write(done, {"iteration": done} | metrics)
             bar.set_postfix(accuracy=f"{metrics['accuracy']:.2f}", tokens=f"{metrics['response_length']:.0f}")
             bar.update(1)
@@ -206,10 +221,12 @@ def train(setup: Setup, params: dict, stop: StopRequest, judge: evals.Judge | No
     return state.params
 
 
-def _update(setup: Setup, stepper: Stepper, state: TrainState, minibatches) -> tuple[TrainState, list[dict]]:
+def _update(
+    setup: Setup, stepper: Stepper, state: TrainState, minibatches, hyper: dict
+) -> tuple[TrainState, list[dict]]:
     """The optimizer steps of one iteration. All dispatched without looking; the metrics are read once at the end."""
     config = setup.config.rl
-    hyper = {"temperature": np.float32(config.temperature), "tau": np.float32(config.tau), "is_pi_i": True}
+    hyper = hyper | {"temperature": np.float32(config.temperature), "is_pi_i": True}
     minibatches = [[setup.put_rows(batch) for batch in minibatch] for minibatch in minibatches if minibatch]
 
     # π_i of the later mini-batches, before the first update moves θ. That of the first comes from its own forward pass.
@@ -240,10 +257,14 @@ def _judged(groups: list[RolloutGroup], judge: evals.Judge) -> list[RolloutGroup
     return [dataclasses.replace(group, verdicts=tuple(map(judged, group.verdicts))) for group in groups]
 
 
-def _advantages(rewards: np.ndarray, *, kind: Baseline, tau: float) -> np.ndarray:
-    """r_j - b over the gradable responses of one group; nan stays nan."""
+def _advantages(objective: Objective, group: RolloutGroup, rewards: np.ndarray) -> np.ndarray:
+    """Of the gradable responses of a group; nan where one is not, and everywhere if fewer than two are."""
     gradable = np.isfinite(rewards)
-    return rewards - float(baseline(rewards[gradable], kind=kind, tau=tau)) if gradable.any() else rewards
+    correct = np.array([verdict.outcome == Outcome.CORRECT for verdict in group.verdicts])
+    advantages = np.full(len(rewards), np.nan)
+    if gradable.sum() >= 2:
+        advantages[gradable] = objective.advantages(rewards[gradable], correct[gradable])
+    return advantages
 
 
 def _permuted(advantages: np.ndarray, rng) -> np.ndarray:
@@ -253,7 +274,7 @@ def _permuted(advantages: np.ndarray, rng) -> np.ndarray:
     return out
 
 
-def _metrics(groups, rewards, components, updates, *, oldest_version: int, kinds: list[str]) -> dict:
+def _metrics(groups, rewards, components, updates, names, *, oldest_version: int, kinds: list[str]) -> dict:
     """What an iteration was like. Means over responses unless the name says otherwise; nan without any."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     verdicts = [verdict.outcome for group in groups for verdict in group.verdicts]
@@ -267,7 +288,7 @@ def _metrics(groups, rewards, components, updates, *, oldest_version: int, kinds
         "reward": _mean([r for group in rewards for r in group if np.isfinite(r)]),
         **{
             f"reward_{name}": _mean([r for parts in components for r in parts[name] if np.isfinite(r)])
-            for name in COMPONENTS
+            for name in names
         },
         "accuracy": _mean(sum(outcomes, [])),
         **{f"accuracy_{kind}": _mean(sum(itertools.compress(outcomes, of_kind(kind)), [])) for kind in kinds},
@@ -288,6 +309,7 @@ def _metrics(groups, rewards, components, updates, *, oldest_version: int, kinds
         "first_log_ratio": float(updates[0]["max_log_ratio"]) if updates else 0.0,
         "max_log_ratio": highest("max_log_ratio"),
         "regularizer": total("regularizer"),
+        **({"clipped": total("clipped") / tokens} if updates and "clipped" in updates[0] else {}),
         "grad_norm": total("grad_norm") / max(len(updates), 1),
         "first_update_norm": float(updates[0]["update_norm"]) if updates else 0.0,
         "learning_rate": float(updates[-1]["learning_rate"]) if updates else 0.0,
@@ -300,7 +322,7 @@ def _mean(values) -> float:
 
 
 def _evaluate(setup: Setup, params) -> dict:
-    """Sampled accuracy per kind on the first held-out problems."""
+    """Sampled accuracy and length per kind on the first held-out problems."""
     problems = setup.heldout[: 2 * setup.config.rl.eval_problems]
     kinds = [problem.kind for problem in problems]
     results = evals.evaluate(
@@ -313,4 +335,5 @@ def _evaluate(setup: Setup, params) -> dict:
         key=setup.key(EVALUATION),
         judge=setup.judge,
     )
-    return {f"eval_{kind}_accuracy": result["accuracy"] for kind, result in results.items()}
+    names = {"accuracy": "accuracy", "tokens": "mean_tokens"}
+    return {f"eval_{kind}_{ours}": r[name] for kind, r in results.items() for ours, name in names.items()}

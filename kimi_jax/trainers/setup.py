@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,15 +18,16 @@ from kimi_jax.data.chat import ChatFormat, NativeChat
 from kimi_jax.data.hf_chat import load_chat_format
 from kimi_jax.data.loaders import encoded_problems
 from kimi_jax.data.tokenizer import Tokenizer
-from kimi_jax.models import attention, hf, lora
+from kimi_jax.models import attention, hf, lora, paths
 from kimi_jax.models.config import ModelConfig, named_size
 from kimi_jax.models.policy import Policy
 from kimi_jax.rewards.pool import VerifierPool
 from kimi_jax.sampling.engine import Engine
 from kimi_jax.sampling.handover import make_handover
 from kimi_jax.sampling.repetition import RepetitionSettings
-from kimi_jax.tasks import find_verifier, get_task, get_verifier, verify
+from kimi_jax.tasks import TASKS, get_task
 from kimi_jax.tasks.base import make_problems, read_problems
+from kimi_jax.trainers import origin, rewards, sources
 from kimi_jax.training import distributed, optim, sharding, trainable
 from kimi_jax.training.step import LossFn, Reads, Stepper
 from kimi_jax.types import Problem, Verdict
@@ -64,16 +66,23 @@ class Setup:
         return encoded_problems(problems, self.chat.encode_problem)
 
     def init_params(self) -> dict:
-        """What the run begins with: random parameters, or those of a published model, with fresh adapters."""
-        init = functools.partial(init_params, self.config, self.policy)
-        like, path = self.params_like, self.config.model.path
-        if not path:
-            return jax.jit(init, out_shardings=_shardings(like))(self.key(INIT))
-        published = {name: tree for name, tree in like.items() if name != "lora"}
-        adapters = {name: tree for name, tree in like.items() if name == "lora"}
-        params = hf.load_params(hf_directory(path), published)
-        only = lambda key: {name: init(key)[name] for name in adapters}  # noqa: E731
-        return params | jax.jit(only, out_shardings=_shardings(adapters))(self.key(INIT))
+        """What the run begins with: parameters of an earlier run, of a published model, or random ones.
+
+        What those lack, such as adapters and a scalar head, is random too.
+        """
+        given, like, path = {}, self.params_like, self.config.model.path
+        if self.config.init:
+            given = origin.find(self.config.init).load(like)
+        elif path:
+            given = hf.load_params(hf_directory(path), {name: tree for name, tree in like.items() if name != "lora"})
+        given, shardings = dict(paths.flatten(given)), dict(paths.flatten(_shardings(like)))
+        rest = {path: where for path, where in shardings.items() if path not in given}
+
+        def fresh(key):
+            params = init_params(self.config, self.policy, key)
+            return {path: leaf for path, leaf in paths.flatten(params) if path in rest}
+
+        return paths.nest((given | jax.jit(fresh, out_shardings=rest)(self.key(INIT))).items())
 
     def new_state(self, params: dict, opt_state: Any) -> TrainState:
         """At step 0. The counter lies on the mesh like the rest, and so it comes back from a checkpoint."""
@@ -92,12 +101,13 @@ class Setup:
     @property
     def verify(self) -> Callable[[Problem, str], Verdict]:
         """The verifiers of the run, those of the user before those of the tasks."""
-        return verifier(self.config.rewards.verifiers)
+        return rewards.verifier(self.config.rewards)
 
     def judge(self, responses: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         """Verdicts, for evaluations. The verifiers of the tasks are quick; others are kept at arm's length."""
         options = self.config.rewards
-        workers = options.workers if options.verifiers else 0
+        quick = not options.verifiers and all(problem.task in TASKS for problem, _ in responses)
+        workers = 0 if quick else options.workers
         with VerifierPool(self.verify, workers=workers, deadline_s=options.deadline_s) as pool:
             return pool.verdicts([pool.submit(problem, text) for problem, text in responses])
 
@@ -172,6 +182,8 @@ def model_config(config: ml_collections.ConfigDict, vocab_size: int | None) -> M
     changes = {"dtype": config.model.dtype} if config.model.dtype else {}
     if config.model.scalar_head:
         changes["scalar_head"] = True
+    if config.model.rope_base:
+        changes["rope_base"] = config.model.rope_base
     if config.model.path:
         name, shape = f"path={config.model.path!r}", hf.read_config(hf_directory(config.model.path))[1]
         shape = dataclasses.replace(shape, **changes)
@@ -242,10 +254,12 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
 
 
 def make_problem_sets(config: ml_collections.ConfigDict) -> tuple[list[Problem], list[Problem]]:
-    """(train, heldout), tasks taking turns so that any prefix is balanced; or the problems of files, in their order."""
+    """(train, heldout), tasks taking turns so that any prefix is balanced; or the problems of files, in their order;
+    or none, for a run that is about a mixture of other sources."""
     if config.data.train_file:
         train, heldout = read_problems(config.data.train_file), read_problems(config.data.heldout_file)
-        if len(train) < config.rl.problems or config.sft.steps and not any(problem.solution for problem in train):
+        few = config.rl.iterations and len(train) < config.rl.problems
+        if few or config.sft.steps and not config.dpo.pairs and not any(problem.solution for problem in train):
             raise ValueError(
                 f"{config.data.train_file} has {len(train)} problems; there must be config.rl.problems="
                 f"{config.rl.problems} at least, and some with a solution unless config.sft.steps=0."
@@ -268,11 +282,13 @@ def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setup:
     """Everything but parameters. Whatever else of a published model the run needs is copied to workdir/hf."""
     mesh = sharding.make_mesh(**config.mesh)
     check_model(config, mesh)
-    own = own_verifiers(config.rewards.verifiers)
+    sources.check(config)
+    if config.init and not (workdir / "checkpoints").exists():
+        check_origin(config, mesh)
+    rewards.own_verifiers(config.rewards.verifiers)
+    rewards.own_components(config.rewards.components)
     train, heldout = make_problem_sets(config)
-    for problem in (*train, *heldout):
-        if problem.task not in own:
-            get_verifier(problem.task)
+    rewards.check_problems([*train, *heldout], config.rewards, from_files=bool(config.data.train_file))
     chat = make_chat(config, workdir, train)
     policy = make_policy(config, mesh, model_config(config, chat.tokenizer.vocab_size))
     engine = make_engine(config, mesh, policy, chat)
@@ -300,40 +316,46 @@ def check_model(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> N
     if config.model.path:
         directory = hf_directory(config.model.path)
         load_chat_format(directory)
-        hf.check_weights(directory, {name: tree for name, tree in like.items() if name != "lora"})
+        if not config.init:
+            hf.check_weights(directory, {name: tree for name, tree in like.items() if name != "lora"})
 
 
-def verifier(named: Sequence[str]) -> Callable[[Problem, str], Verdict]:
-    """Judges by the user's verifiers ("task=module:function") and else by those of the tasks; workers can import it."""
-    return functools.partial(verify, own=own_verifiers(named))
+def check_origin(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Refuses, before problems are made, a checkpoint of another model in config.init.
 
-
-def own_verifiers(named: Sequence[str]) -> dict[str, str]:
-    """{task: "module:function"} of entries "task=module:function". Raises ValueError for a name that leads nowhere."""
-    own = {}
-    for entry in named:
-        task, equals, function = entry.partition("=")
-        if not (task and equals):
-            raise ValueError(f"config.rewards.verifiers has {entry!r}; write 'task=module:function'.")
-        find_verifier(function)
-        own[task] = function
-    return own
+    Raises ValueError or FileNotFoundError.
+    """
+    found = origin.find(config.init)
+    found.check_family(config.model.path)
+    found.check_rope_base(config.model.rope_base)
+    vocab_size = None if config.model.path else Tokenizer.load(found.workdir / "tokenizer.model").vocab_size
+    found.check(params_like(config, make_policy(config, mesh, model_config(config, vocab_size)), mesh))
 
 
 def make_chat(config: ml_collections.ConfigDict, workdir: pathlib.Path, train: list[Problem]) -> ChatFormat:
-    """That of the published model, or our own, whose tokenizer is trained on the task text unless it was before."""
+    """That of the published model, or our own, whose tokenizer is that of config.init, or trained on the task text
+    unless it was before. Raises ValueError when the workdir has another tokenizer than config.init."""
     if config.model.path:
         if distributed.is_first() and not (workdir / "hf" / hf.TENSORS).exists():
             hf.copy_side_files(hf_directory(config.model.path), workdir / "hf")
         distributed.meet("side files")
+        _check_vocabulary(config, workdir)
         return load_chat_format(workdir / "hf", system=config.model.system)
     path = workdir / "tokenizer.model"
+    if distributed.is_first() and config.init and not path.exists():
+        shutil.copyfile(origin.find(config.init).workdir / "tokenizer.model", path)
     if distributed.is_first() and not path.exists():
         texts = [text for problem in train for text in (problem.prompt, problem.solution)]
-        Tokenizer.train(texts, path, vocab_size=config.tokenizer.vocab_size)
+        Tokenizer.train([*texts, *sources.texts(config)], path, vocab_size=config.tokenizer.vocab_size)
     distributed.meet("tokenizer")
+    _check_vocabulary(config, workdir)
     tokenizer = Tokenizer.load(path)
     return native_chat(tokenizer, model_config(config, tokenizer.vocab_size))
+
+
+def _check_vocabulary(config, workdir):
+    if config.init and not (workdir / "checkpoints").exists():
+        origin.find(config.init).check_vocabulary(workdir)
 
 
 def native_chat(tokenizer: Tokenizer, shape: ModelConfig) -> NativeChat:

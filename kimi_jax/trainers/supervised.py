@@ -1,7 +1,8 @@
 """The loop over fixed data: batches -> loss -> update -> now and then: evaluate, checkpoint.
 
 What a stage of training is made of, a `Stage`, says what the batches are and how they are learned. The one here is
-supervised fine-tuning on worked solutions (k1.5 §2.5.2, §2.2): cross-entropy on response and end token.
+cross-entropy on whatever is to be imitated: the documents of pretraining (k1.5 §2.5.1), what the assistant says in
+conversations (§2.5.2), or worked solutions of the problems that RL will be about (§2.2).
 """
 
 import dataclasses
@@ -13,12 +14,14 @@ import grain
 import jax
 import ml_collections
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kimi_jax import evals
 from kimi_jax.arrays import PackedRows, pytree
 from kimi_jax.data.loaders import prefetched, sft_batches, trained_tokens
 from kimi_jax.losses.token import cross_entropy
 from kimi_jax.sampling.logits import SamplingSettings
+from kimi_jax.trainers import sources
 from kimi_jax.trainers.interrupt import Interrupted, StopRequest
 from kimi_jax.trainers.setup import EVALUATION, Setup
 from kimi_jax.training.checkpoint import Checkpointer
@@ -117,7 +120,7 @@ def train(setup: Setup, stage: Stage, stop: StopRequest) -> dict:
     return state.params
 
 
-# --- fine-tuning on worked solutions ----------------------------------------------------------------------------------
+# --- cross-entropy ----------------------------------------------------------------------------------------------------
 
 
 @pytree
@@ -130,12 +133,20 @@ def loss_fn(logprobs, batch: SFTBatch, hyper):
 
 
 def sft(setup: Setup) -> Stage:
-    """The worked solutions of the first train problems."""
+    """The mixture of config.data, or else the worked solutions of the first train problems."""
     config = setup.config.sft
-    solved = [p for p in _first_per_kind(setup.train, config.examples_per_kind) if p.solution]
-    prompts = setup.prompts(solved)
-    examples = [setup.chat.encode_example(prompts[i], p.solution) for i, p in enumerate(solved)]
-    batches = sft_batches(examples, seed=setup.config.seed, rows_per_batch=config.rows, **setup.packing)
+    if setup.config.data.mixture:
+        batches = sources.batches(setup.config, setup.chat, setup.packing)
+    else:
+        solved = [p for p in _first_per_kind(setup.train, config.examples_per_kind) if p.solution]
+        prompts = setup.prompts(solved)
+        examples = [setup.chat.encode_example(prompts[i], p.solution) for i, p in enumerate(solved)]
+        batches = sft_batches(examples, seed=setup.config.seed, rows_per_batch=config.rows, **setup.packing)
+    measures = []
+    if config.eval_problems and setup.config.data.mixture:
+        measures.append(_heldout_loss(setup))
+    if config.eval_problems and setup.heldout:
+        measures.append(functools.partial(greedy_accuracy, setup))
     return Stage(
         name="sft",
         options=config,
@@ -143,7 +154,7 @@ def sft(setup: Setup) -> Stage:
         loss_fn=loss_fn,
         weight=lambda batch: 1 / max(trained_tokens(batch.rows), 1),
         summarize=_summary,
-        evaluate=functools.partial(_evaluate, setup) if config.eval_problems else lambda params: {},
+        evaluate=lambda params: {name: value for measure in measures for name, value in measure(params).items()},
     )
 
 
@@ -162,7 +173,28 @@ def _summary(metrics: list[dict]) -> dict:
     return {name: sum(m[part] for m in metrics) / tokens for name, part in (("loss", "nll"), ("entropy", "entropy"))}
 
 
-def _evaluate(setup: Setup, params) -> dict:
+def _heldout_loss(setup: Setup) -> Callable[[dict], dict]:
+    """Of each source that has held-out records, the mean loss of their tokens."""
+    heldout = sources.heldout(setup.config, setup.chat, setup.packing)
+    chunk = setup.config.rows.logits_chunk
+    everywhere = NamedSharding(setup.mesh, PartitionSpec())
+
+    @functools.partial(jax.jit, out_shardings=everywhere)
+    def total(params, rows):
+        logprobs, _ = setup.policy.logprobs(params, rows, temperature=1.0, logits_chunk=chunk)
+        return cross_entropy(logprobs, rows.loss_mask, weight=1.0)[0]
+
+    def measure(params):
+        found = {}
+        for name, batches in heldout.items():
+            nll = sum(float(total(params, setup.put_rows(rows))) for rows in batches)
+            found[f"{name}_heldout_loss"] = nll / sum(map(trained_tokens, batches))
+        return found
+
+    return measure
+
+
+def greedy_accuracy(setup: Setup, params) -> dict:
     """Greedy accuracy per kind on the first held-out problems."""
     problems = _first_per_kind(setup.heldout, setup.config.sft.eval_problems)
     groups = evals.sample_groups(

@@ -26,7 +26,7 @@ from kimi_jax.rl.batch import build_minibatches
 from kimi_jax.sampling import decode, repetition
 from kimi_jax.sampling.handover import make_handover
 from kimi_jax.sampling.logits import SamplingSettings
-from kimi_jax.trainers import rl, setup
+from kimi_jax.trainers import objectives, rl, setup
 from kimi_jax.trainers.plan import GIB, Weights, bytes_per_device, plan_engine, rl_rows
 from kimi_jax.training import sharding
 from kimi_jax.types import Problem, Prompt, Rollout, RolloutGroup, StopReason
@@ -193,11 +193,12 @@ def _rollout_programs(config, policy, mesh, weights):
 
 
 def _update_programs(config, policy, mesh, weights):
-    loss_fn = functools.partial(rl.loss_fn, form=config.rl.form)
+    objective = objectives.find(config.rl)
+    loss_fn = functools.partial(rl.loss_fn, objective=objective)
     stepper = setup.make_stepper(config, policy, mesh, loss_fn, config.rl.optimizer, total_steps=1)
     batch = _micro_batch(config, policy)
     batch = setup.with_shardings(batch, sharding.row_shardings(mesh, batch))
-    hyper = {"temperature": np.float32(1), "tau": np.float32(1), "is_pi_i": True}
+    hyper = {"temperature": np.float32(1), "is_pi_i": True} | objective.hyper
     acc = jax.eval_shape(stepper.zeros, weights.params, batch, hyper)
     acc = setup.with_shardings(acc, sharding.shardings(mesh, acc, sharding.TRAIN_RULES))
     step = jax.ShapeDtypeStruct((), np.int32)

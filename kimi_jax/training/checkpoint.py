@@ -143,8 +143,7 @@ class Checkpointer:
         Raises FileNotFoundError when there is no such step, and ValueError, before anything is loaded, when paths,
         shapes or dtypes differ from those of the checkpoint; if partial, arrays that were not asked for may differ.
         """
-        step = self._resolve(step)
-        record = self._read_record(step)
+        step = self.check(arrays_like, step, partial=partial)
         targets = _flatten(arrays_like)
         for path, target in targets.items():
             if not isinstance(target, np.ndarray) and target.sharding is None:
@@ -152,11 +151,21 @@ class Checkpointer:
                     f"The restore target {path!r} has no sharding, so it is unknown where it should live. Give "
                     "jax.ShapeDtypeStruct(shape, dtype, sharding=...), or a NumPy array to get one back."
                 )
-        saved = {path: x for path, x in record["arrays"].items() if path in targets or not partial}
-        self._check_targets(step, saved, {path: _describe(target) for path, target in targets.items()})
         loaded = self._load(step, {path: target for path, target in targets.items() if target.size})
         leaves = [loaded[path] if target.size else _empty(target) for path, target in targets.items()]
-        return step, jax.tree.unflatten(jax.tree.structure(arrays_like), leaves), record["meta"]
+        return step, jax.tree.unflatten(jax.tree.structure(arrays_like), leaves), self.read_meta(step)
+
+    def check(self, arrays_like: PyTree, step: int | None = None, *, partial: bool = False) -> int:
+        """The step that `restore` would load, after the comparison that it begins with. Raises as it does."""
+        step = self._resolve(step)
+        targets = {path: _describe(target) for path, target in _flatten(arrays_like).items()}
+        saved = {path: x for path, x in self.arrays(step).items() if path in targets or not partial}
+        self._check_targets(step, saved, targets)
+        return step
+
+    def arrays(self, step: int | None = None) -> dict[str, str]:
+        """What arrays a step (the newest if none is given) has: {path: "float32[3,5]"}. Raises FileNotFoundError."""
+        return self._read_record(self._resolve(step))["arrays"]
 
     def read_meta(self, step: int | None = None) -> dict:
         """The `meta` of a step (the newest if none is given), without its arrays. Raises FileNotFoundError."""

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from kimi_jax.arrays import PackedRows
-from kimi_jax.data.packing import pack_rows, plan_rows, rope_offset, rope_positions
+from kimi_jax.data.packing import cut_to_fit, joined, pack_rows, plan_rows, rope_offset, rope_positions
 from kimi_jax.types import Example, ImagePatches
 
 IMAGE_ID, PATCH_DIM = 5, 7
@@ -237,3 +237,59 @@ def test_arrays_that_only_some_models_read():
     whole = Example(examples[0].tokens, examples[0].trained, (cut(2, 3, 2),))
     with pytest.raises(ValueError, match="attends within windows, and an image has none"):
         pack_rows([whole], [[0]], **limits, extras=("patch_windows",))
+
+
+# --- documents that are cut and joined ------------------------------------------------------------------------------
+
+
+def random_document(rng, length, images=()):
+    """Images in one piece each, at random places; all that is text is trained, but for the first token."""
+    texts = [rng.integers(IMAGE_ID + 1, 101, 1) for _ in range(length)]
+    places = np.sort(rng.integers(0, length + 1, len(images)))
+    pieces = [piece for text in np.split(np.arange(length), places) for piece in (*(texts[i] for i in text), None)][:-1]
+    shown = iter(images)
+    tokens = np.concatenate([np.full(next(shown).num_tokens, IMAGE_ID) if p is None else p for p in pieces])
+    tokens = tokens.astype(np.int32)
+    trained = tokens != IMAGE_ID
+    trained[0] = False
+    return Example(tokens, trained, tuple(images))
+
+
+@pytest.mark.parametrize("seed", range(7))
+def test_pieces_are_the_document_and_as_long_as_they_can_be(seed):
+    rng = np.random.default_rng(seed)
+    limits = dict(row_tokens=11, row_patches=20, image_id=IMAGE_ID)
+    for _ in range(13):
+        images = [random_image(rng, int(n), 2) for n in rng.integers(1, 6, rng.integers(0, 7))]
+        document = random_document(rng, int(rng.integers(1, 60)), images)
+        pieces = cut_to_fit(document, **limits)
+        np.testing.assert_array_equal(np.concatenate([piece.tokens for piece in pieces]), document.tokens)
+        assert [id(image) for piece in pieces for image in piece.images] == [id(image) for image in document.images]
+        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+            patches = sum(len(image.patches) for image in piece.images)
+            assert len(piece.tokens) <= 11 and patches <= 20
+            assert (piece.tokens == IMAGE_ID).sum() == sum(image.num_tokens for image in piece.images)
+            np.testing.assert_array_equal(piece.trained[1:], piece.tokens[1:] != IMAGE_ID)
+            assert not piece.trained[0]
+            if following is not None:  # its first token, or image, found no room
+                image = following.images[0] if following.tokens[0] == IMAGE_ID else None
+                more = image.num_tokens if image else 1
+                assert len(piece.tokens) + more > 11 or patches + (len(image.patches) if image else 0) > 20
+
+
+def test_an_image_that_no_row_can_hold():
+    rng = np.random.default_rng(0)
+    document = random_document(rng, 3, [random_image(rng, 6, 2)])
+    with pytest.raises(ValueError, match="an image of 6 tokens and 24 patches does not fit in a row of row_tokens=5"):
+        cut_to_fit(document, row_tokens=5, row_patches=40, image_id=IMAGE_ID)
+    with pytest.raises(ValueError, match="row_patches=20"):
+        cut_to_fit(document, row_tokens=50, row_patches=20, image_id=IMAGE_ID)
+
+
+def test_joined_documents_are_one_and_each_but_the_first_begins_with_a_target():
+    rng = np.random.default_rng(0)
+    images = [random_image(rng, 2, 1)]
+    pictured = Example(np.array([IMAGE_ID, IMAGE_ID, 9], np.int32), np.array([False, False, True]), tuple(images))
+    whole = joined([random_document(rng, 3), random_document(rng, 2), pictured], image_id=IMAGE_ID)
+    assert whole.trained.tolist() == [False, True, True] + [True, True] + [False, False, True]
+    assert len(whole.tokens) == 8 and whole.images == tuple(images)

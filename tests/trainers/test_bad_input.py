@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kimi_jax.models import hf
-from kimi_jax.trainers import pipeline, rl, setup, supervised
+from kimi_jax.trainers import objectives, pipeline, rl, setup, supervised
 from kimi_jax.trainers.interrupt import StopRequest
 from kimi_jax.training.checkpoint import Checkpointer
 from kimi_jax.training.metrics import MetricsWriter
@@ -292,9 +292,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_is_good
 
     train(2)
     before = checkpoint()
-    real = rl.surrogate_loss
+    real = objectives.surrogate_loss
     with monkeypatch.context() as patch:
-        patch.setattr(rl, "surrogate_loss", lambda *args, **kwargs: (real(*args, **kwargs)[0] * np.nan, {}))
+        patch.setattr(objectives, "surrogate_loss", lambda *args, **kwargs: (real(*args, **kwargs)[0] * np.nan, {}))
         with pytest.raises(NonFiniteError, match=r"RL iteration 3: not finite: .*loss=nan.*last checkpoint is intact"):
             train(3)
     step, arrays = checkpoint()

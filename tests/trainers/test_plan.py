@@ -115,7 +115,23 @@ def test_every_config_works_out(path):
     text = plan.describe(config)
     count = int(re.search(r"^parameters: .* = ([\d,]+)$", text, re.M).group(1).replace(",", ""))
     least = named_size(config.model.size).width ** 2 * 12
-    assert least < count < 10**10 and text.count("  total") == 2
+    assert least < count < 10**10 and text.count("  total") == (2 if config.rl.iterations else 1)
+
+
+def test_without_rl_the_plan_is_of_the_supervised_update():
+    """Of 15M parameters the tower alone has gradients and moments; 4 of 16 rows are in memory at once."""
+    [path] = [path for path in CONFIGS if path.stem == "pretrain_vision"]
+    config = config_of(path)
+    config.mesh.data = 1
+    text = plan.describe(config, jax.devices()[:1])
+    decoder, vision = (
+        int(n.replace(",", "")) for n in re.search(r"decoder ([\d,]+) \+ vision ([\d,]+)", text).groups()
+    )
+    assert f"trained: {vision:,}; frozen in float32: {decoder:,}" in text
+    assert f"{config.sft.steps * 16 * 4_096:,} tokens in all; no RL" in text and "4 rows × 4,096 tokens" in text
+    assert float(_line(text, "gradients").split()[-2]) == pytest.approx(4 * vision / 2**30, abs=5e-4)
+    assert float(_line(text, "optimizer moments").split()[-2]) == pytest.approx(8 * vision / 2**30, abs=5e-4)
+    assert "rollout" not in text.partition("# Memory")[2] and "exist in the update" not in text
 
 
 @pytest.mark.parametrize("name", ["rl_qwen25_1p5b_math", "rl_qwen25_vl_3b_vision"])

@@ -94,9 +94,9 @@ def run(tmp_path_factory):
         spy("build_minibatches", built)
         update = rl._update
 
-        def watched(setup, stepper, state, minibatches):
+        def watched(setup, stepper, state, *rest):
             seen[-1].before = jax.device_get(state.params)
-            state, metrics = update(setup, stepper, state, minibatches)
+            state, metrics = update(setup, stepper, state, *rest)
             seen[-1].after = jax.device_get(state.params)
             return state, metrics
 

@@ -1,0 +1,53 @@
+"""Pretraining, long-context activation at 131,072 tokens (k1.5 §2.5.1, App. B).
+
+    python scripts/train.py --config=configs/pretrain_long_131k.py --workdir=runs/pretrain_long_131k \
+        --config.init=runs/pretrain_long_32k
+
+Not run yet but at the size of the tests.
+"""
+
+from kimi_jax.trainers.config import default_config, source
+
+
+def get_config():
+    config = default_config()
+    with config.unlocked():
+        config.model.size = "small"
+        config.model.rope_base = 1e6  # later stages need to say so as well
+        config.tokenizer.vocab_size = 512  # of the one that comes with config.init
+
+        config.data.text_tasks = ()
+        config.data.image_tasks = ()
+        # 40%: long documents, attended to as a whole. Each ends with a question about one of its 2_800 problems.
+        config.data.mixture.long = source(
+            tasks=("chain",), records=200, problems=2_800, attention="full", weight=((0, 0.4),)
+        )
+        # 60%: the data of the cooldown. Documents that share a row do not see each other (partial attention).
+        config.data.mixture.text = source(tasks=("countdown", "countdown_hard"), records=4_000, weight=((0, 0.3),))
+        config.data.mixture.questions = source(
+            tasks=("chain", "countdown"), records=2_000, problems=8, weight=((0, 0.12),)
+        )
+        config.data.mixture.images = source(
+            tasks=("text_image_rich", "scene_count_rich", "bar_chart_rich", "pips_rich"),
+            records=8_000,
+            weight=((0, 0.18),),
+        )
+
+        config.rows.tokens = 131_072
+        config.rows.patches = 327_680
+        config.rows.logits_chunk = 2_048
+
+        config.sft.steps = 50
+        config.sft.rows = 4
+        config.sft.micro_rows = 1
+        config.sft.eval_every = 25
+        config.sft.eval_problems = 4
+        config.sft.checkpoint_every = 25
+        config.sft.optimizer.schedule = "cosine"
+        config.sft.optimizer.peak = 5e-5
+        config.sft.optimizer.end = 1e-5
+        config.sft.optimizer.warmup_steps = 10
+        config.sft.optimizer.weight_decay = 0.1
+
+        config.rl.iterations = 0
+    return config.lock()

@@ -1,0 +1,53 @@
+"""Vanilla SFT, first of two stages: 2e-5 → 2e-6 on rows of 32,768 tokens (k1.5 §2.5.2).
+
+    python scripts/train.py --config=configs/sft_vanilla_32k.py --workdir=runs/sft_vanilla_32k \
+        --config.init=runs/pretrain_long_131k
+
+Many conversations share a row, and none sees another. `files` of a source take conversations of your own
+(kimi_jax/data/documents.py). The report trains one epoch of about a million examples each of text and of images; how
+many rows an epoch of a source has is printed at the start. Not run yet but at the size of the tests.
+"""
+
+from kimi_jax.trainers.config import default_config, source
+
+
+def get_config():
+    config = default_config()
+    with config.unlocked():
+        config.model.size = "small"
+        config.model.rope_base = 1e6
+        config.tokenizer.vocab_size = 512  # of the one that comes with config.init
+
+        config.data.text_tasks = ()
+        config.data.image_tasks = ()
+        # Conversations of several turns, of which the assistant's are learnt: as many of text as of images, and so many
+        # rows that all come about once.
+        config.data.mixture.text = source(
+            tasks=("chain", "countdown"), form="chat", records=10_000, problems=4, weight=((0, 0.69),)
+        )
+        config.data.mixture.images = source(
+            tasks=("text_image_rich", "scene_count_rich", "bar_chart_rich", "pips_rich"),
+            form="chat",
+            records=10_000,
+            problems=2,
+            weight=((0, 0.31),),
+        )
+
+        config.rows.tokens = 32_768
+        config.rows.patches = 81_920
+        config.rows.logits_chunk = 2_048
+
+        config.sft.steps = 19
+        config.sft.rows = 8
+        config.sft.micro_rows = 1
+        config.sft.eval_every = 5
+        config.sft.eval_problems = 64
+        config.sft.checkpoint_every = 5
+        config.sft.optimizer.schedule = "cosine"
+        config.sft.optimizer.peak = 2e-5
+        config.sft.optimizer.end = 2e-6
+        config.sft.optimizer.warmup_steps = 2
+        config.sft.optimizer.weight_decay = 0.1
+
+        config.rl.iterations = 0
+    return config.lock()
