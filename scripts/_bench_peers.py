@@ -1,7 +1,8 @@
 """One peer of bench.py, in this process alone: `python _bench_peers.py NAME REQUEST`, both from bench.py.
 
-REQUEST is JSON: shape, seed, rows, prompt, new, repeats. Weights are random, prompts are token ids (no tokenizer is
-fetched), every row writes `new` tokens at temperature 1. Prints one JSON line last.
+REQUEST is JSON: shape, seed, rows, repeats, and prompt and new for what samples (every row writes `new` tokens at
+temperature 1), tokens and micro_rows for what trains. Weights are random, prompts are token ids (no tokenizer is
+fetched). Prints one JSON line last.
 """
 
 import dataclasses
@@ -104,24 +105,8 @@ def measure_transformers(shape: ModelConfig, request: dict, *, static: bool) -> 
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     measured = _torch_probes(torch, device)
-    torch.manual_seed(request["seed"])
-    config = transformers.Qwen2Config(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.width,
-        intermediate_size=shape.mlp_width,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        max_position_embeddings=request["prompt"] + request["new"],
-        rms_norm_eps=shape.norm_eps,
-        tie_word_embeddings=shape.tie_embeddings,
-        bos_token_id=None,
-        eos_token_id=None,
-        dtype=shape.dtype,
-    )
-    with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shape.dtype)).eval()
-        ids = torch.tensor(_prompts(shape, request))
+    model = _torch_model(shape, request["seed"], request["prompt"] + request["new"], device).eval()
+    ids = torch.tensor(_prompts(shape, request), device=device)
     options = {"cache_implementation": "static"} if static else {}
 
     def run():
@@ -153,6 +138,63 @@ def measure_transformers(shape: ModelConfig, request: dict, *, static: bool) -> 
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
         "probes": measured,
     }
+
+
+def measure_transformers_training(shape: ModelConfig, request: dict) -> dict:
+    """A plain training loop: one update of all rows, micro-batch by micro-batch."""
+    import torch
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    before = _torch_probes(torch, device)
+    rows, tokens, micro = request["rows"], request["tokens"], request["micro_rows"]
+    model = _torch_model(shape, request["seed"], tokens, device).train()
+    model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=device == "cuda")
+    ids = torch.tensor(_prompts(shape, request | {"prompt": tokens}), device=device)
+
+    def run():
+        for part in ids.split(micro):
+            (model(input_ids=part, labels=part, use_cache=False).loss * (len(part) / rows)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    run(), run()
+    seconds = statistics.median(_seconds(run) for _ in range(request["repeats"]))
+    return {
+        "version": f"transformers {transformers.__version__}, torch {torch.__version__}",
+        "tokens_per_second": rows * tokens / seconds,
+        "ms_per_step": 1e3 * seconds,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+        "probes": {"before": before, "after": _torch_probes(torch, device)},
+    }
+
+
+def _torch_model(shape: ModelConfig, seed: int, max_tokens: int, device: str):
+    """Qwen2 of this shape with random weights in its compute dtype."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.Qwen2Config(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp_width,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        max_position_embeddings=max_tokens,
+        rms_norm_eps=shape.norm_eps,
+        tie_word_embeddings=shape.tie_embeddings,
+        bos_token_id=None,
+        eos_token_id=None,
+        dtype=shape.dtype,
+    )
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shape.dtype))
 
 
 def _torch_probes(torch, device: str) -> dict[str, float]:
@@ -199,6 +241,8 @@ def main(name: str, request: dict) -> None:
     shape = dataclasses.replace(named_size(request["shape"]), vision=None)
     if name == "tunix":
         result = measure_tunix(shape, request)
+    elif name == "hf":
+        result = measure_transformers_training(shape, request)
     else:
         result = measure_transformers(shape, request, static=name == "hf-static")
     print(json.dumps(result))

@@ -5,7 +5,7 @@
     python scripts/bench.py rollout --shape=qwen2.5-1.5b --rows=64 --problems=32 --responses=8 --peers=tunix
     python scripts/bench.py rollout --shape=qwen2.5-1.5b --rows=64 --cut=8192 --iterations=20 --budget=1024
     python scripts/bench.py handoff --shape=qwen2.5-1.5b
-    python scripts/bench.py train   --shape=qwen2.5-1.5b --rows=8 --tokens=4096
+    python scripts/bench.py train   --shape=qwen2.5-1.5b --rows=8 --tokens=4096 --micro_rows=2 --peers=hf
 
 decode    All rows at once, each with a key, a budget and stops of its own. `ms_per_step` is of decode steps alone: the
           whole less the same with one token each. --live: prompt lengths row by row, also set against all rows at the
@@ -13,7 +13,8 @@ decode    All rows at once, each with a key, a budget and stops of its own. `ms_
 rollout   Groups that share a prompt, with responses of log-normal length (imposed by budgets), through --rows slots.
           With --iterations: responses that go on in the next iteration after --budget tokens, against waiting for all.
 handoff   From the masters in training layout to the copy that samples, which replaces the last one.
-train     One update: micro-batches, clipping, AdamW.
+train     One update: micro-batches, clipping, AdamW on float32 masters. The peer is a plain loop of PyTorch and
+          transformers, with weights in the compute dtype, fused AdamW and gradient checkpointing.
 
 One device. Weights are random; those that sample are scaled so that the entropy of the next token is about 1 nat. A run
 in which something compiled does not count and is repeated. Floor: the time in which memory delivers the weights once
@@ -28,17 +29,19 @@ measured; 2 what was given cannot work.
 
 import argparse
 import ast
+import functools
 import importlib.util
 import json
 import math
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 # Everything that imports JAX is imported after the flags are parsed, so that a typing error is reported at once.
 
-PEERS = {"tunix": "tunix", "hf-dynamic": "transformers", "hf-static": "transformers"}  # name -> what it needs
+PEERS = {"tunix": "tunix", "hf-dynamic": "transformers", "hf-static": "transformers"}  # that sample -> what they need
+TRAINERS = {"hf": "transformers"}  # that train
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -56,7 +59,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--json", action="store_true", help="print the JSON line alone")
     for command in (decode, rollout):
         command.add_argument("--rows", type=_count, default=64, help="responses in flight (64)")
-        command.add_argument("--peers", type=_peers, default=[], help=f"none, all, or some of {','.join(PEERS)}")
+    for command, peers in ((decode, PEERS), (rollout, PEERS), (train, TRAINERS)):
+        some = functools.partial(_peers, peers)
+        command.add_argument("--peers", type=some, default=[], help=f"none, all, or some of {','.join(peers)}")
         command.add_argument("--peer_seconds", type=_count, default=900, help="after which a peer is given up (900)")
     decode.add_argument("--prompt", type=_count, default=128, help="tokens of a prompt (128)")
     decode.add_argument("--new", type=_count, default=512, help="tokens to write per row, at least 2 (512)")
@@ -102,10 +107,10 @@ def _lengths(text: str) -> list[int]:
     return [_count(length) for length, _, times in parts for _ in range(_count(times or "1"))]
 
 
-def _peers(text: str) -> list[str]:
-    names = {"all": list(PEERS), "none": []}.get(text, text.split(","))
-    if unknown := sorted(set(names) - set(PEERS)):
-        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}: use none, all, or some of {','.join(PEERS)}")
+def _peers(there: Mapping[str, str], text: str) -> list[str]:
+    names = {"all": list(there), "none": []}.get(text, text.split(","))
+    if unknown := sorted(set(names) - set(there)):
+        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}: use none, all, or some of {','.join(there)}")
     return names
 
 
@@ -121,7 +126,7 @@ def measure(args: argparse.Namespace) -> dict:
     import _bench_ours as ours
 
     ours.named_size(args.shape)  # told before the peers take their minutes
-    peers = measure_peers(args) if args.command in ("decode", "rollout") else {}
+    peers = measure_peers(args) if args.command != "handoff" else {}
     bench = ours.Bench.of(args)  # takes the memory of the device
     result = getattr(ours, args.command)(bench)
     for peer in peers.values():
@@ -135,6 +140,9 @@ def measure_peers(args: argparse.Namespace) -> dict[str, dict]:
     import _bench_ours as ours
 
     request = {"shape": args.shape, "seed": args.seed}
+    if args.command == "train":
+        request |= {"rows": args.rows, "tokens": args.tokens, "micro_rows": args.micro_rows or args.rows}
+        return {name: run_peer(name, request | {"repeats": args.repeats}, args.peer_seconds) for name in args.peers}
     if args.command == "decode":
         request |= {"rows": len(args.live), "prompt": max(args.live), "new": args.new, "repeats": args.repeats}
         return {name: run_peer(name, request, args.peer_seconds) for name in args.peers}
@@ -150,8 +158,8 @@ def measure_peers(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def run_peer(name: str, request: dict, seconds: float) -> dict:
-    if importlib.util.find_spec(PEERS[name]) is None:
-        return {"error": f"{PEERS[name]} is not installed"}
+    if importlib.util.find_spec(needs := (PEERS | TRAINERS)[name]) is None:
+        return {"error": f"{needs} is not installed"}
     program = str(pathlib.Path(__file__).with_name("_bench_peers.py"))
     command = [sys.executable, program, name, json.dumps(request)]
     try:

@@ -144,6 +144,7 @@ def test_lengths_of_rows():
     assert bench.parse(["decode", "--live=4096,128*3,7"]).live == [4096, 128, 128, 128, 7]
     assert bench.parse(["decode", "--rows=2", "--prompt=5"]).live == [5, 5]
     assert bench.parse(["decode", "--peers=all"]).peers == ["tunix", "hf-dynamic", "hf-static"]
+    assert bench.parse(["train", "--peers=all"]).peers == ["hf"]
 
 
 def test_a_peer_that_is_missing_or_fails(monkeypatch):
@@ -161,6 +162,7 @@ def test_a_peer_that_is_missing_or_fails(monkeypatch):
         (["decode", "--new=1"], "at least 2"),
         (["decode", "--peers=vllm"], "tunix,hf-dynamic,hf-static"),
         (["decode", "--live=4096*x"], "--live"),
+        (["train", "--peers=tunix"], "some of hf"),
         (["handoff", "--peers=all"], "handoff --help"),
         (["rollout", "--budget=5"], "--iterations"),
         (["train", "--rows=3", "--micro_rows=2", "--shape=nano"], "multiple of --micro_rows=2"),
