@@ -46,6 +46,11 @@ def replay(args: argparse.Namespace) -> list[tuple[dict, str, str]]:
     ]
     sys.path.append(os.getcwd())  # where config.rewards.verifiers may lie
     asked = [audit.question(record) for record in records]
+    if options["judge"] == "policy":
+        raise ValueError(
+            "In this run the policy judged its own responses (config.rewards.judge='policy'), with weights that are no "
+            "longer there: its verdicts cannot be replayed."
+        )
     if options["judge"]:
         mesh = sharding.make_mesh(**config["mesh"])
         judge = reward_models.load_judge(pathlib.Path(options["judge"]), mesh, votes=options["votes"])

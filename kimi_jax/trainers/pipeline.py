@@ -17,6 +17,7 @@ import pathlib
 import shutil
 import threading
 import time
+from collections.abc import Callable
 
 import jax
 import ml_collections
@@ -139,12 +140,15 @@ def check_prompts(setup: Setup) -> None:
             setup.engine.check(prompts[index], f"problem {problems[index].id!r}")
 
 
-def load_judge(setup: Setup) -> evals.Judge | None:
-    """The reward model that gives the reward; None if the verifiers do."""
+def load_judge(setup: Setup) -> Callable[[dict], evals.Judge] | None:
+    """From the rollout copy of the policy to the reward model that gives the reward; None if the verifiers do."""
     options = setup.config.rewards
     if not options.judge:
         return None
-    return reward_models.load_judge(pathlib.Path(options.judge), setup.mesh, votes=options.votes)
+    if options.judge == "policy":
+        return functools.partial(reward_models.policy_judge, setup, votes=options.votes)
+    judge = reward_models.load_judge(pathlib.Path(options.judge), setup.mesh, votes=options.votes)
+    return lambda params: judge
 
 
 def full_evaluation(setup: Setup, params: dict) -> dict:

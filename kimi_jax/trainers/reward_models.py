@@ -126,7 +126,12 @@ def make_judge(setup: Setup, params: dict, *, votes: int) -> ClassicJudge | CoTJ
     """The reward model with these parameters, in the training layout. votes: of one that writes."""
     if setup.config.reward_model.kind == "classic":
         return ClassicJudge(functools.partial(scorer(setup), params))
-    return CoTJudge(functools.partial(judgements, setup, setup.to_rollout(params, None)), votes)
+    return policy_judge(setup, setup.to_rollout(params, None), votes=votes)
+
+
+def policy_judge(setup: Setup, params: dict, *, votes: int) -> CoTJudge:
+    """A model that judges in text with these parameters, in the sampling layout: in RL, those of the policy itself."""
+    return CoTJudge(functools.partial(judgements, setup, params), votes)
 
 
 def scorer(setup: Setup) -> Callable[[dict, Sequence[str]], np.ndarray]:

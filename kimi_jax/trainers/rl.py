@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +51,11 @@ def loss_fn(logprobs, batch: RLBatch, hyper, *, objective: Objective):
     return objective.loss(logprobs, batch, **{name: hyper[name] for name in objective.hyper})
 
 
-def train(setup: Setup, params: dict, stop: StopRequest, judge: evals.Judge | None = None) -> dict:
+def train(setup: Setup, params: dict, stop: StopRequest, judge: Callable[[dict], evals.Judge] | None = None) -> dict:
     """Runs or resumes the stage from `params`, which it consumes, and returns its final parameters.
 
-    judge: a reward model whose verdicts take the place of the verifiers', which are then only logged.
+    judge: from the rollout copy of the policy to a reward model, whose verdicts take the place of the verifiers', which
+    are then only logged.
 
     Raises Interrupted, NonFiniteError.
     """
@@ -145,7 +147,7 @@ def train(setup: Setup, params: dict, stop: StopRequest, judge: evals.Judge | No
             groups = collected.groups
             if judge and groups:
                 with watch("judge"):
-                    groups = _judged(groups, judge)
+                    groups = _judged(groups, judge(rollout_params))
             serial += len(chosen) * config.responses
 
             # --- rewards

@@ -11,7 +11,7 @@ import pytest
 
 from kimi_jax.models.policy import Policy
 from kimi_jax.rewards.judges import ClassicJudge, CoTJudge
-from kimi_jax.trainers import pipeline, reward_models, setup
+from kimi_jax.trainers import pipeline, reward_models, rl, setup
 from kimi_jax.types import Outcome, Problem, Verdict
 from tests.helpers import QUICK_COMPILE
 from tests.trainers import miniature, riddles
@@ -224,3 +224,28 @@ def test_in_rl_the_judge_rewards_and_the_verifier_is_logged(tmp_path, monkeypatc
         assert row["accuracy_rule"] == pytest.approx(np.mean(own))
         assert row["seconds_judge"] >= 0
     assert 0 < np.mean(ruled) < 1
+
+
+def test_the_policy_judges_with_the_weights_that_wrote(tmp_path, monkeypatch):
+    handed_over, judged_with, really = [], [], rl.collect
+
+    def collect(*args, params, **kwargs):
+        handed_over.append(jax.device_get(params))
+        return really(*args, params=params, **kwargs)
+
+    def judgements(here, params, texts, votes):
+        judged_with.append(jax.device_get(params))
+        assert all(text.partition("\nReference: ")[2] for text in texts) and votes == 3
+        return [[f'so\n{{"correct": {str(even(text)).lower()}}}'] * 2 + ["hm"] for text in texts]
+
+    monkeypatch.setattr(rl, "collect", collect)
+    monkeypatch.setattr(reward_models, "judgements", judgements)
+    config = config_of(**TEXT, **{"sft.steps": 1, "rl.iterations": 2})
+    config.rewards.judge, config.rewards.votes, config.rewards.workers = "policy", 3, 0
+    pipeline.run(config, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, judged_with, handed_over)
+    first, second = (np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(copy)]) for copy in judged_with)
+    assert (first != second).any()
+    records = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").read_text().splitlines()]
+    assert {record["outcome"] for record in records} == {"correct", "wrong"}
+    assert all("of 3 votes" in record["detail"] for record in records)
