@@ -1,13 +1,18 @@
-"""Controls on a finished run: does the model look at its images, is it the rewards that it learns from, and what if
-they fail?
+"""Controls on a finished run: does the model look at its images, does it need the length of its chains of thought, is
+it the rewards that it learns from, and what if they fail?
 
     python scripts/controls.py --workdir=runs/quickstart swapped_images
+    python scripts/controls.py --workdir=runs/quickstart half
     python scripts/controls.py --workdir=runs/quickstart permuted
     python scripts/controls.py --workdir=runs/quickstart faulty
 
 swapped_images: every held-out image problem is shown the image of another problem of the same task and image size, and
 keeps its own question and answer. What is left of the accuracy did not come from the image: it should be no more than
 the best constant guess per question and image size, which is printed beside it.
+
+half: what of the accuracy is left when the second half of each chain of thought is deleted and the answer has to follow
+at once. The whole chain with the answer forced in the same way shows that forcing costs nothing; no chain at all is the
+lower end. Written to DIR/half.json.
 
 permuted: RL once more from the same SFT checkpoint, with the advantages shuffled within each group. Everything is as
 before but which response is rewarded, so the gain must vanish. Goes to DIR-permuted; the same command again resumes.
@@ -30,15 +35,17 @@ from collections.abc import Sequence
 import ml_collections
 import numpy as np
 
-from kimi_jax import report
+from kimi_jax import evals, report
+from kimi_jax.sampling.logits import SamplingSettings
 from kimi_jax.tasks import faulty as faulty_verifier
+from kimi_jax.tasks.base import ANSWER_MARKER
 from kimi_jax.tasks.visual import COLOURS, SHAPES
 from kimi_jax.trainers import pipeline
 from kimi_jax.trainers import setup as setup_lib
 from kimi_jax.trainers.interrupt import Interrupted
 from kimi_jax.training.checkpoint import Checkpointer
 from kimi_jax.training.metrics import MetricsWriter
-from kimi_jax.types import Problem
+from kimi_jax.types import Outcome, Problem, Request
 
 _NAMES = re.compile(rf"\b({'|'.join([*COLOURS, *SHAPES])})(es|s)?\b")
 
@@ -88,6 +95,53 @@ def swapped_images(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
         shares = [row[f"{name}_{key}"] for name in ("own", "swapped") for key in ("accuracy", "greedy_accuracy")]
         print(f"{task:20}{row['n']:10}" + "".join(f"{s:9.1%}" for s in shares) + f"{row['constant_guess']:10.1%}")
     pipeline.write_json(workdir / "swapped_images.json", rows)
+    return rows
+
+
+_ANSWER_TOKENS = 32  # room for an answer after a chain of any length
+
+
+def shortened(tokenizer, text: str, share: float) -> str:
+    """What is before the answer in a response, the first `share` of its tokens, and the request for an answer."""
+    chain = tokenizer.encode(text.partition(ANSWER_MARKER)[0].strip())
+    kept = tokenizer.decode(chain[: round(share * len(chain))]).strip()
+    return f"{kept} {ANSWER_MARKER}".strip()
+
+
+def half(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
+    """Prints, writes and returns, per kind, accuracies with chains of thought as sampled, whole, half and none."""
+    setup = setup_lib.build(_config(workdir), workdir)
+    params = setup.to_rollout(_trained(setup, workdir), None)
+    tokenizer, prompts = setup.chat.tokenizer, list(setup.prompts(setup.heldout))
+    draws = {"key": setup.key(setup_lib.EVALUATION)}
+    draws["settings"] = SamplingSettings.of(temperature=1.0, end_ids=setup.chat.end_ids)
+    groups = evals.sample_groups(setup.engine, params, setup.heldout, prompts, k=1, judge=setup.judge, **draws)
+    verdicts = {"own": [group.verdicts[0] for group in groups]}
+
+    begun = {
+        name: [shortened(tokenizer, group.rollouts[0].text, share) for group in groups]
+        for name, share in (("whole", 1.0), ("half", 0.5), ("none", 0.0))
+    }
+    prefixes = {name: [np.array(tokenizer.encode(text), np.int32) for text in texts] for name, texts in begun.items()}
+    longest = max(len(prefix) for own in prefixes.values() for prefix in own)
+    engine = dataclasses.replace(setup.engine, max_tokens=longest + _ANSWER_TOKENS)
+    for name, texts in begun.items():
+        pairs = zip(prompts, prefixes[name], strict=True)
+        requests = [Request(prompt, i, _ANSWER_TOKENS, prefix) for i, (prompt, prefix) in enumerate(pairs)]
+        flight = engine.start(params, requests, run_key=draws["key"], settings=draws["settings"])
+        while not flight.done:
+            for i, segment in flight.advance():
+                texts[i] += engine.decode_text(segment.tokens)
+        verdicts[name] = setup.judge(list(zip(setup.heldout, texts, strict=True)))
+
+    rows = {}
+    print(f"{'':10}" + "".join(f"{name:>9}" for name in verdicts))
+    for kind in dict.fromkeys(problem.kind for problem in setup.heldout):
+        members = [i for i, problem in enumerate(setup.heldout) if problem.kind == kind]
+        right = lambda of: float(np.mean([of[i].outcome == Outcome.CORRECT for i in members]))  # noqa: B023, E731
+        rows[kind] = {"n": len(members)} | {name: right(of) for name, of in verdicts.items()}
+        print(f"{kind:10}" + "".join(f"{rows[kind][name]:9.1%}" for name in verdicts))
+    pipeline.write_json(workdir / "half.json", rows)
     return rows
 
 
@@ -170,7 +224,7 @@ def _config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text()))
 
 
-CONTROLS = {"swapped_images": swapped_images, "permuted": permuted, "faulty": faulty}
+CONTROLS = {"swapped_images": swapped_images, "half": half, "permuted": permuted, "faulty": faulty}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -44,6 +45,15 @@ def test_the_best_constant_guess():
         for asked, answer in (("crosses", "1"), ("circles", "1"), ("red shapes", "2"), ("blue shapes", "3"))
     ]
     assert controls.constant_guess(scenes) == (2 + 1) / 4  # two forms of question
+
+
+def test_half_a_chain_of_thought():
+    letters = types.SimpleNamespace(encode=list, decode="".join)
+    half = lambda text, share=0.5: controls.shortened(letters, text, share)  # noqa: E731
+    assert half("abcd efgh Answer: 12") == "abcd Answer:"  # 4.5 letters, to even
+    assert half("abcdef Answer: 1 Answer: 2") == "abc Answer:"
+    assert half("no answer", 1.0) == "no answer Answer:"
+    assert half("abc Answer: 1", 0.0) == half("Answer: 1") == half("") == "Answer:"
 
 
 @pytest.fixture
