@@ -147,7 +147,7 @@ def test_missing_cyaron_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(generators.importlib.util, "find_spec", lambda name: None)
     generators.library.cache_clear()
     assert run(tmp_path, [record("a")])[0] == 2
-    assert "pip install cyaron" in capsys.readouterr().err
+    assert "pip install -e '.[curation]'" in capsys.readouterr().err
     generators.library.cache_clear()
 
 

@@ -38,7 +38,8 @@ def test_groups_are_made_where_they_can_be(tree):
 def test_limits_are_written_and_kills_are_read(tree):
     version, _, _, directories = tree
     first, second = (ControlGroup(directories, version=version) for _ in range(2))
-    made = sorted(p.name for p in directories["memory"].iterdir() if str(os.getpid()) in p.name)
+    made = [p.name for p in directories["memory"].iterdir() if str(os.getpid()) in p.name]
+    made.sort(key=lambda name: int(name.rpartition("_")[2]))  # the one with number 10 was made after that with 9
     assert len(made) == 2
     directory = directories["memory"] / made[0]
     first.limit(memory_mb=3, processes=7)
