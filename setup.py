@@ -33,7 +33,7 @@ setup(
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         # What tests compare published models with; not needed to run anything.
-        "oracles": ["protobuf", "safetensors", "tiktoken", "torch", "transformers>=5.23,<6"],
+        "oracles": ["protobuf", "safetensors", "tiktoken", "torch", "transformers>=5.23,<6", "trl>=1.16,<2"],
         "test": ["ipykernel", "mypy", "nbclient", "nbformat", "pytest", "pytest-xdist", "ruff"],
     },
 )
