@@ -22,11 +22,14 @@ TINY = {
         "SEGMENT": 8,
     },
     "03_rewards": {"K": 5, "JUDGEMENTS": 41, "DEADLINE_S": 0.5},
+    # So few problems that some of them are known by heart soon: without a right answer there is nothing to shorten.
+    "04_long2short": {"PROBLEMS": 11, "SFT_STEPS": 83, "ASKED": 11, "SHORT_STEPS": 2, "RL_ITERATIONS": 1},
 }
 PRINTED = {
     "01_quickstart": ["sampled accuracy"],
     "02_rollouts": [f"{n} of {n} responses are the same" for n in (12, 4, 10)],
     "03_rewards": ["2 tests passed", "'ungradable'", "time_limit", "Verdict(outcome=<Outcome.CORRECT"],
+    "04_long2short": ["problems have a right answer", "'weights': [0.5, 0.5]", "length reward  "],
 }
 
 
