@@ -118,8 +118,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.rewards.length_warmup = 20  # iterations before the length reward starts
     config.rewards.alarm = 0.05  # share of ungradable responses from which a jump is reported
     config.rewards.audit = True  # write every verdict to verdicts.jsonl
-    # The workdir of a reward model that judges instead of the verifiers, which are then only logged, as accuracy_rule; or
-    # "policy", with its weights of the moment (sampling.prompt_tokens must hold question, reference and response).
+    # The workdir of a reward model that judges instead of the verifiers, which are then only logged, as accuracy_rule.
+    # Or "policy", with its weights of the moment (sampling.prompt_tokens must hold question, reference, response).
     config.rewards.judge = config_dict.placeholder(str)
     config.rewards.votes = 1  # of a chain-of-thought reward model on each response; 1: the most likely, else sampled
 
