@@ -1,4 +1,4 @@
-"""Curves over the iterations of RL, drawn by matplotlib for a light or a dark background."""
+"""Curves over the iterations of RL, drawn by matplotlib."""
 
 import collections
 import io
@@ -14,10 +14,8 @@ import numpy as np
 
 Metrics = Sequence[dict[str, Any]]
 
-LIGHT = {"ink": "#1f2328", "faint": "#6b7280", "grid": "#e5e7eb", "paper": "#ffffff",
-          "series": ("#1f6feb", "#d9730d", "#4b5563", "#0f8a5f", "#8250df", "#c2255c")}  # fmt: skip
-DARK = {"ink": "#e6e8eb", "faint": "#9aa3ae", "grid": "#2f353d", "paper": "#1a1d21",
-         "series": ("#6cabff", "#ffa657", "#b6bec9", "#4ccf9b", "#c59bff", "#ff8ab4")}  # fmt: skip
+_INK, _FAINT, _GRID = "#1f2328", "#6b7280", "#d5d9de"
+_SERIES = ("#1f6feb", "#d9730d", "#4b5563", "#0f8a5f", "#8250df", "#c2255c")
 
 _PERCENT = matplotlib.ticker.FuncFormatter(lambda share, _: f"{100 * share:.3g}%")
 _NUMBER = matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:.4g}" if abs(x) < 1_000 else f"{x:,.0f}")
@@ -52,30 +50,30 @@ def write_curves(metrics: Metrics, path: str | os.PathLike) -> None:
     Faint lines are the measurements, strong lines their running mean, markers the held-out evaluations. Where there was
     nothing to measure, a line has a gap. Raises ValueError without any row.
     """
-    pathlib.Path(path).write_bytes(png(overview(metrics, LIGHT)))
+    pathlib.Path(path).write_bytes(png(overview(metrics)))
 
 
-def overview(metrics: Metrics, colors: dict) -> matplotlib.figure.Figure:
+def overview(metrics: Metrics) -> matplotlib.figure.Figure:
     if not metrics:
         raise ValueError("There are no rows of metrics to draw. Log at least one iteration first.")
-    figure, (left, right) = _panels(2, 2, colors, width=11.0, height=4.2)
+    figure, (left, right) = _panels(2, 2, width=11.0, height=4.2)
     for key, eval_key, label, color in _ACCURACIES:
-        _draw(left, *_series(metrics, key), color=colors["series"][color], label=label)
+        _draw(left, *_series(metrics, key), color=_SERIES[color], label=label)
         x, y = _series(metrics, eval_key)
         if len(x):
-            style = {"marker": "o", "markersize": 7, "markeredgecolor": colors["paper"], "markeredgewidth": 1.2}
-            left.plot(x, y, linestyle="", color=colors["series"][color], label=f"{label}, held out", zorder=4, **style)
-    _draw(right, *_series(metrics, "response_length"), color=colors["series"][3], label="")
+            style = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "markeredgewidth": 1.2}
+            left.plot(x, y, linestyle="", color=_SERIES[color], label=f"{label}, held out", zorder=4, **style)
+    _draw(right, *_series(metrics, "response_length"), color=_SERIES[3], label="")
     left.set_ylim(bottom=max(left.get_ylim()[0], 0), top=min(left.get_ylim()[1], 1.03))
     left.yaxis.set_major_formatter(_PERCENT)
-    _title(left, "Accuracy", colors)
-    _title(right, "Response length (tokens)", colors)
+    _title(left, "Accuracy")
+    _title(right, "Response length (tokens)")
     right.set_ylim(bottom=0, top=1.1 * right.get_ylim()[1])
-    _legend(left, colors, ncols=1)
+    _legend(left, ncols=1)
     return figure
 
 
-def details(metrics: Metrics, colors: dict) -> matplotlib.figure.Figure | None:
+def details(metrics: Metrics) -> matplotlib.figure.Figure | None:
     """Small panels for all metrics that `overview` does not show."""
     shown = {"step", "iteration", "response_length", *(key for row in _ACCURACIES for key in row[:2])}
     families = collections.defaultdict(list)
@@ -86,18 +84,18 @@ def details(metrics: Metrics, colors: dict) -> matplotlib.figure.Figure | None:
     if not families:
         return None
     order = {name: i for i, name in enumerate(_FAMILIES.values())}
-    figure, panels = _panels(len(families), 3, colors, width=11.0, height=2.9)
+    figure, panels = _panels(len(families), 3, width=11.0, height=2.9)
     for panel, name in zip(panels, sorted(families, key=lambda name: order.get(name, len(_FAMILIES))), strict=True):
         for i, (key, label) in enumerate(families[name]):
-            color = colors["series"][i % len(colors["series"])]
+            color = _SERIES[i % len(_SERIES)]
             _draw(panel, *_series(metrics, key), color=color, label=label if len(families[name]) > 1 else "")
         if name.startswith("Share"):
             panel.set_ylim(bottom=-0.02 * panel.get_ylim()[1])  # a line at 0% is still seen
             panel.yaxis.set_major_formatter(_PERCENT)
         else:  # matplotlib's own would put a common factor above the panel, and push its title up
             panel.yaxis.set_major_formatter(_NUMBER)
-        _title(panel, name, colors, size=9.5)
-        _legend(panel, colors, ncols=2)
+        _title(panel, name, size=9.5)
+        _legend(panel, ncols=2)
     return figure
 
 
@@ -134,36 +132,34 @@ def _draw(panel, x: np.ndarray, y: np.ndarray, *, color: str, label: str) -> Non
     panel.plot(x[alone], trend[alone], color=color, marker="o", markersize=2.5, linestyle="")
 
 
-def _panels(count: int, columns: int, colors: dict, *, width: float, height: float):
+def _panels(count: int, columns: int, *, width: float, height: float):
     """A figure with `count` empty panels in rows of `columns`; `width` of the whole, `height` of a row, in inches."""
     rows = -(-count // columns)
     layout = matplotlib.layout_engine.ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-    figure = matplotlib.figure.Figure(figsize=(width, height * rows), layout=layout, facecolor=colors["paper"])
+    figure = matplotlib.figure.Figure(figsize=(width, height * rows), layout=layout, facecolor="white")
     panels = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
     for panel in panels:
-        panel.set_facecolor(colors["paper"])
+        panel.set_facecolor("white")
         panel.spines[["top", "right"]].set_visible(False)
-        panel.spines[["left", "bottom"]].set_color(colors["grid"])
-        panel.grid(axis="y", color=colors["grid"], linewidth=0.8)
+        panel.spines[["left", "bottom"]].set_color(_GRID)
+        panel.grid(axis="y", color=_GRID, linewidth=0.8)
         panel.set_axisbelow(True)
-        panel.tick_params(colors=colors["faint"], labelsize=9, length=0)
+        panel.tick_params(colors=_FAINT, labelsize=9, length=0)
         panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=6, integer=True))
-        panel.set_xlabel("iteration", color=colors["faint"], fontsize=9)
+        panel.set_xlabel("iteration", color=_FAINT, fontsize=9)
     return figure, panels
 
 
-def _title(panel, text: str, colors: dict, size: float = 12) -> None:
-    panel.set_title(text, loc="left", color=colors["ink"], fontsize=size, fontweight="bold", pad=8)
+def _title(panel, text: str, size: float = 12) -> None:
+    panel.set_title(text, loc="left", color=_INK, fontsize=size, fontweight="bold", pad=8)
 
 
-def _legend(panel, colors: dict, *, ncols: int) -> None:
+def _legend(panel, *, ncols: int) -> None:
     if panel.get_legend_handles_labels()[0]:
-        panel.legend(
-            frameon=False, labelcolor=colors["ink"], fontsize=8.5, handlelength=1.2, columnspacing=1.0, ncols=ncols
-        )
+        panel.legend(frameon=False, labelcolor=_INK, fontsize=8.5, handlelength=1.2, columnspacing=1.0, ncols=ncols)
 
 
-def png(figure: matplotlib.figure.Figure) -> bytes:
+def png(figure: matplotlib.figure.Figure, *, transparent: bool = False) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format="png", dpi=150, transparent=transparent)
     return buffer.getvalue()

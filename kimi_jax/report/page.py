@@ -84,14 +84,11 @@ def _training(metrics: Metrics) -> str:
 
 
 def _picture(draw, metrics: Metrics, caption: str) -> str:
-    light, dark = (draw(metrics, colors) for colors in (curves.LIGHT, curves.DARK))
-    if light is None:
+    figure = draw(metrics)
+    if figure is None:
         return ""
-    return (
-        '<div class="scroll"><picture>'
-        f'<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(curves.png(dark))}">'
-        f'<img class="curves" src="{_data_uri(curves.png(light))}" alt="{_text(caption)}"></picture></div>'
-    )
+    uri = _data_uri(curves.png(figure, transparent=True))
+    return f'<div class="scroll curves"><img src="{uri}" alt="{_text(caption)}"></div>'
 
 
 def _data_uri(png: bytes) -> str:
@@ -242,8 +239,9 @@ tbody th, td.left { text-align: left; }
 tr.first > * { border-top: 1px solid var(--line); }
 tbody tr.first:first-child > * { border-top: 0; }
 .scroll { overflow-x: auto; }
-.curves { display: block; width: 100%; min-width: 44rem; height: auto; border: 1px solid var(--line);
-  border-radius: 10px; margin-bottom: 1rem; }
+.curves { border: 1px solid var(--line); border-radius: 10px; margin-bottom: 1rem; }
+.curves img { display: block; width: 100%; min-width: 44rem; height: auto; }
+@media (prefers-color-scheme: dark) { .curves img { filter: invert(1) hue-rotate(180deg); } }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1.25rem 1.4rem;
   margin-bottom: 1.25rem; }
 .prompt { white-space: pre-wrap; overflow-wrap: anywhere; margin-bottom: .75rem; }
