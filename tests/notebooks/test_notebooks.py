@@ -41,7 +41,8 @@ def test_every_notebook_is_run():
 @pytest.mark.parametrize("name", TINY)
 def test_notebook_runs(name, tmp_path, monkeypatch):
     one_device = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "").strip()
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # they compile more than they do
+    # They compile more than they compute.
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     monkeypatch.setenv("XLA_FLAGS", f"{one_device} {quick}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
