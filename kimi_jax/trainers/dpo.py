@@ -116,7 +116,7 @@ def _reference(setup: Setup, examples: list[Example], plan: list[list[int]]) -> 
     params, found = setup.init_params(), []
     for begin in range(0, len(plan), size):
         rows = setup.put_rows(_packed(setup, examples, plan[begin : begin + size], size))
-        found.append(np.asarray(score(params, rows)))
+        found.append(np.asarray(score(params, rows)))  # waits, once before training: else all rows would pile up there
     for leaf in jax.tree.leaves(params):  # the loop begins with parameters of its own
         leaf.delete()
     return np.concatenate(found)

@@ -187,9 +187,9 @@ def _heldout_loss(setup: Setup) -> Callable[[dict], dict]:
     def measure(params):
         found = {}
         for name, batches in heldout.items():
-            nll = sum(float(total(params, setup.put_rows(rows))) for rows in batches)
+            nll = sum(total(params, setup.put_rows(rows)) for rows in batches)  # on the device, so that nothing waits
             found[f"{name}_heldout_loss"] = nll / sum(map(trained_tokens, batches))
-        return found
+        return {name: float(loss) for name, loss in jax.device_get(found).items()}
 
     return measure
 
