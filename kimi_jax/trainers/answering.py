@@ -67,7 +67,7 @@ def load(
     if model is not None:
         config.model.path, config.model.system = str(model), system
     else:
-        found = _find(checkpoint)
+        found = origin.find(checkpoint, option="--checkpoint")
         config = _config(found.workdir)
     config.data.image_tasks = ()
     if dtype:
@@ -157,13 +157,6 @@ def generate(
 def _room(size: int) -> int:
     """A power of two, so that few shapes are compiled."""
     return max(_SMALLEST_PROMPT, 1 << (size - 1).bit_length())
-
-
-def _find(checkpoint: pathlib.Path) -> origin.Origin:
-    try:
-        return origin.find(checkpoint)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(str(error).replace("config.init=", "--checkpoint=")) from None
 
 
 def _config(workdir: pathlib.Path) -> ml_collections.ConfigDict:

@@ -53,7 +53,7 @@ def merge(sources: Sequence[pathlib.Path], out: pathlib.Path, *, weights: Sequen
             f"{model} is a model and {run} a run. Export the run first: python scripts/export_weights.py "
             f"--checkpoint={run} --out=DIR, and merge that."
         )
-    found = [origin.find(source) for source in sources]
+    found = [origin.find(source, option="RUN") for source in sources]
     _check_runs(found)
     done["sources"] = [str(one.stage / str(one.step)) for one in found]
     with replaced(out, overwrite=False) as workdir:
@@ -118,7 +118,7 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
 
 def problems_of(checkpoint: pathlib.Path) -> tuple[list[Problem], list[Problem]]:
     """(train, heldout) of the run that `origin.find` finds there."""
-    return setup_lib.make_problem_sets(read_config(origin.find(checkpoint).workdir))
+    return setup_lib.make_problem_sets(read_config(origin.find(checkpoint, option="--checkpoint").workdir))
 
 
 def record(problem: Problem, folder: pathlib.Path) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def evaluate(checkpoint: pathlib.Path) -> dict[str, Any]:
 
     Returns {"checkpoint", "results"} and writes it to WORKDIR/evaluations.jsonl. Raises what `origin.find` raises.
     """
-    found = origin.find(checkpoint)
+    found = origin.find(checkpoint, option="RUN")
     config = read_config(found.workdir)
     if config.model.path:
         config.model.path = str(found.workdir / "hf")

@@ -88,10 +88,12 @@ class Origin:
         return paths.nest(target.items()), [path for path in unused if "scalar_head" not in path]
 
 
-def find(path: str | pathlib.Path) -> Origin:
+def find(path: str | pathlib.Path, *, option: str = "config.init") -> Origin:
     """The checkpoint that `path` names: a step of a stage, a stage (its newest step), or a run (of its last stage).
 
         runs/long/checkpoints/rl/40        runs/long/checkpoints/rl        runs/long
+
+    option: what the path was given as, for messages.
 
     Raises FileNotFoundError when there is none, ValueError when a run has several stages and none of them is RL.
     """
@@ -104,19 +106,19 @@ def find(path: str | pathlib.Path) -> Origin:
         stages = {p.name: p for p in sorted(path.glob("checkpoints/*")) if _steps(p)}
         if not stages:
             raise FileNotFoundError(
-                f"config.init={str(path)!r} holds no complete checkpoint. Give the workdir of an earlier run, or one "
+                f"{option}={str(path)!r} holds no complete checkpoint. Give the workdir of an earlier run, or one "
                 "of its checkpoints: WORKDIR/checkpoints/STAGE or WORKDIR/checkpoints/STAGE/STEP."
             )
         if len(stages) > 1 and "rl" not in stages:
             raise ValueError(
-                f"config.init={str(path)!r} holds the stages {', '.join(stages)}. Say which: "
+                f"{option}={str(path)!r} holds the stages {', '.join(stages)}. Say which: "
                 f"{path}/checkpoints/{next(iter(stages))}, for example."
             )
         stage, step = stages.get("rl", next(iter(stages.values()))), None
     steps = _steps(stage)
     if not steps or step not in (None, *steps):
         raise FileNotFoundError(
-            f"config.init={str(path)!r}: there is no such checkpoint; {stage} holds the steps {steps or 'none'}."
+            f"{option}={str(path)!r}: there is no such checkpoint; {stage} holds the steps {steps or 'none'}."
         )
     return Origin(stage.parent.parent, stage, steps[-1] if step is None else step)
 
