@@ -49,11 +49,12 @@ def test_notebook_runs(name, tmp_path, monkeypatch):
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     assert re.findall(r"^(\w+) =", parameters.source, re.MULTILINE) == list(TINY[name])
     parameters.source = "\n".join(f"{parameter} = {value}" for parameter, value in TINY[name].items())
+    # An error in a cell is an error here. Programs of the sandbox may print theirs.
     NotebookClient(notebook, kernel_name="python3", timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     text = "\n".join(output.get("text", "") for output in outputs)
-    assert all(line in text for line in PRINTED[name]) and "Traceback" not in text
+    assert all(line in text for line in PRINTED[name])
 
 
 @pytest.mark.parametrize("name", TINY)
