@@ -204,3 +204,10 @@ def run_updates(
         metrics.append(jax.device_get(update))
         hyper |= {"is_pi_i": False}
     return first_grads, state, metrics
+
+
+def lower_for_gpu(function, *args) -> str:
+    """What is handed to the compiler for an H100, kernels in Triton's code included. Needs no GPU."""
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from kimi_jax.models import paged
@@ -53,7 +54,8 @@ def attend_packed(q, k, v, segments, *, causal: bool, implementation: str, mesh:
     name, _, interpret = implementation.partition("_")
     if name in ("xla", "cudnn"):
         visible = packed_mask(segments, causal=causal)
-        return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation=implementation)  # type: ignore[call-overload]
+        heads = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation=implementation)  # type: ignore[call-overload]
+        return checkpoint_name(heads, "attention")
     if name == "flash":
         from kimi_jax.models.flash import attend_rows
     else:

@@ -2,6 +2,11 @@
 
 import dataclasses
 
+# What a layer that is recomputed in the backward pass may keep, under the names that `jax.checkpoint` knows it by: what
+# attention puts out, with its statistics; queries, keys and values; the sum after attention; gate and up. With
+# all of it, no matrix product and no attention is computed twice.
+KEEPABLE = ("attention", "qkv", "middle", "mlp")
+
 _VISION_KINDS = {"norm": ("rms", "layer"), "mlp": ("swiglu", "gelu_tanh"), "merger_activation": ("gelu_tanh", "gelu")}
 
 

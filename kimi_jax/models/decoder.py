@@ -64,11 +64,12 @@ def apply_packed(runs, params, x, angles, segments, deepstack=None, **options):
 
 
 def apply_run(
-    run, stacked, x, angles, segments, added=None, *, causal, implementation, mesh, remat: bool, unroll: int
+    run, stacked, x, angles, segments, added=None, *, causal, implementation, mesh, remat: bool, kept, unroll: int
 ) -> jax.Array:
     """The layers of one run over packed rows. x [R, T, D] -> [R, T, D].
 
     segments: int32 [R, T], or [L, R, T] if each layer has its own. added: [L, R, T, D] to what leaves each layer.
+    remat: compute each layer again in the backward pass, but for what is `kept`, names of `models.config.KEEPABLE`.
     """
     per_layer = segments.ndim == 3
 
@@ -80,7 +81,9 @@ def apply_run(
         return x if own_added is None else x + own_added, None
 
     inputs = (stacked, segments if per_layer else None, added)
-    return jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, inputs, unroll=unroll)[0]
+    if remat:
+        layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*kept))
+    return jax.lax.scan(layer, x, inputs, unroll=unroll)[0]
 
 
 def apply_prefill(runs, params, x, angles, rows, pages, table, deepstack=None, **options):

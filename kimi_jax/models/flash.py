@@ -7,6 +7,9 @@ mask of a row would take, and padding takes none. Query heads that share keys an
 
 A row of a single sequence needs no intervals: padding stands on its right, and nothing looks to the right. Then cuDNN
 takes over, at run time; long responses and what prefill reads are such rows.
+
+Both leave behind the same two arrays, the output and the logarithm of the softmax's denominators. `jax.checkpoint`
+knows them by the name "attention" (`models.config.KEEPABLE`): where they are kept, attention is not computed again.
 """
 
 import functools
@@ -14,6 +17,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -41,13 +45,8 @@ def attend_rows(q, k, v, segments, *, causal: bool, interpret: bool):
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, wider))) for x in (q, k, v))
         return attend_rows(q, k, v, segments, causal=causal, interpret=interpret)[..., :E]
     first, stop = _intervals(segments)
-    packed = lambda q, k, v: _attend(q, k, v, first, stop, causal, interpret)  # noqa: E731
-    if not causal or not (interpret or q.dtype.itemsize == 2):  # cuDNN takes 16-bit types
-        return packed(q, k, v)
-    alone = functools.partial(
-        jax.nn.dot_product_attention, is_causal=True, implementation="xla" if interpret else "cudnn"
-    )
-    return jax.lax.cond(jnp.all((first == 0) | (segments <= 0)), alone, packed, q, k, v)
+    alone = jnp.all((first == 0) | (segments <= 0))
+    return _attend(q, k, v, first, stop, alone, causal, interpret)
 
 
 def _intervals(segments):
@@ -63,9 +62,61 @@ def _intervals(segments):
     return first, jax.lax.cummin(jnp.where(ends, at + 1, T), axis=1, reverse=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, first, stop, causal, interpret):
-    return _forward(q, k, v, first, stop, causal, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attend(q, k, v, first, stop, alone, causal, interpret):
+    return _forward(q, k, v, first, stop, alone, causal, interpret)[0]
+
+
+def _forward(q, k, v, first, stop, alone, causal, interpret):
+    packed = functools.partial(_packed_forward, causal=causal, interpret=interpret)
+    if _cudnn_may_take(q, causal, interpret):
+        o, lse = jax.lax.cond(alone, functools.partial(_alone_forward, interpret), packed, q, k, v, first, stop)
+    else:
+        o, lse = packed(q, k, v, first, stop)
+    o, lse = (checkpoint_name(x, "attention") for x in (o, lse))
+    return o, (q, k, v, first, stop, alone, o, lse)
+
+
+def _backward(causal, interpret, residuals, do):
+    q, k, v, first, stop, alone, o, lse = residuals
+    packed = functools.partial(_packed_backward, causal=causal, interpret=interpret)
+    arguments = (q, k, v, first, stop, o, lse, do)
+    if _cudnn_may_take(q, causal, interpret):
+        grads = jax.lax.cond(alone, functools.partial(_alone_backward, interpret), packed, *arguments)
+    else:
+        grads = packed(*arguments)
+    return *grads, None, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _cudnn_may_take(q, causal, interpret):
+    return causal and (interpret or q.dtype.itemsize == 2)
+
+
+def _alone(interpret):
+    return functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, implementation="xla" if interpret else "cudnn"
+    )
+
+
+def _alone_forward(interpret, q, k, v, first, stop):
+    o, gradient = jax.vjp(_alone(interpret), q, k, v)
+    shape = (q.shape[0], q.shape[2], q.shape[1])
+    kept = [x for x in jax.tree.leaves(gradient) if x.shape == shape]  # XLA, which interprets, keeps no such thing
+    return o, kept[0] if kept else jnp.zeros(shape, jnp.float32)
+
+
+def _alone_backward(interpret, q, k, v, first, stop, o, lse, do):
+    """cuDNN's gradient from what its forward pass left, which JAX has no public function for.
+
+    It is asked for forward pass and gradient; what the gradient reads of the former is put in, so that nobody uses the
+    former, and the compiler drops it.
+    """
+    again, gradient = jax.vjp(_alone(interpret), q, k, v)
+    put = lambda x: o if x is again else lse if x.shape == lse.shape else x  # noqa: E731
+    return jax.tree.map(put, gradient)(do)
 
 
 def _call(kernel, blocks, grid, out_shape, *, head_dim, interpret, name):
@@ -79,17 +130,15 @@ def _call(kernel, blocks, grid, out_shape, *, head_dim, interpret, name):
     )
 
 
-def _forward(q, k, v, first, stop, causal, interpret):
+def _packed_forward(q, k, v, first, stop, *, causal, interpret):
     R, T, H, E = q.shape
     out_shape = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((R, H, T), jnp.float32))
     kernel = functools.partial(_forward_kernel, causal=causal)
     call = _call(kernel, _FORWARD, (T, H, R), out_shape, head_dim=E, interpret=interpret, name="flash_forward")
-    o, lse = call(q, k, v, first, stop)
-    return o, (q, k, v, first, stop, o, lse)
+    return call(q, k, v, first, stop)
 
 
-def _backward(causal, interpret, residuals, do):
-    q, k, v, first, stop, o, lse = residuals
+def _packed_backward(q, k, v, first, stop, o, lse, do, *, causal, interpret):
     R, T, H, E = q.shape
     delta = jnp.einsum("rthe,rthe->rht", do, o, preferred_element_type=jnp.float32)
     inputs = (q, k, v, first, stop, do, lse, delta)
@@ -100,10 +149,7 @@ def _backward(causal, interpret, residuals, do):
     kernel = functools.partial(_keys_kernel, causal=causal)
     shapes, grid = (like(k), like(v)), (T, k.shape[2], R)
     call = _call(kernel, _BACKWARD, grid, shapes, head_dim=E, interpret=interpret, name="flash_keys")
-    return dq, *call(*inputs), None, None
-
-
-_attend.defvjp(_forward, _backward)
+    return dq, *call(*inputs)
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, first, stop, o_ref, lse_ref, *, causal):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from kimi_jax.models import attention, paged
 from kimi_jax.models.config import RopeScaling
@@ -97,7 +98,7 @@ class Attention(nnx.Module):
             groups = self.qkv_proj(x).reshape(*x.shape[:-1], self.num_kv_heads, -1, self.head_dim)
             q, k, v = split(groups[..., :-2, :]), groups[..., -2, :], groups[..., -1, :]
         else:
-            q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+            q, k, v = (checkpoint_name(split(y(x)), "qkv") for y in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, angles), apply_rope(k, angles), v
@@ -131,7 +132,7 @@ class SwiGLU(nnx.Module):
             both = self.gate_up_proj(x)
             gate, up = both[..., 0, :], both[..., 1, :]
         else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
+            gate, up = (checkpoint_name(y, "mlp") for y in (self.gate_proj(x), self.up_proj(x)))
         return self.down_proj(jax.nn.silu(gate) * up)
 
 
@@ -146,7 +147,7 @@ class GeluMLP(nnx.Module):
         self.down_proj = nnx.Linear(mlp_width, width, kernel_init=init, **options)
 
     def __call__(self, x):
-        return self.down_proj(jax.nn.gelu(self.up_proj(x), approximate=True))
+        return self.down_proj(jax.nn.gelu(checkpoint_name(self.up_proj(x), "mlp"), approximate=True))
 
 
 MLPS = {"swiglu": SwiGLU, "gelu_tanh": GeluMLP}
@@ -169,7 +170,7 @@ class Block(nnx.Module):
         """x [R, T, D] -> (x, (keys, values) each [R, T, K, E]). Tokens see only their own segment."""
         q, k, v = self.attn.project(self.attn_norm(x), angles)
         heads = attention.attend_packed(q, k, v, segments, causal=causal, implementation=implementation, mesh=mesh)
-        x = x + self.attn.output(heads)
+        x = checkpoint_name(x + self.attn.output(heads), "middle")
         return x + self.mlp(self.mlp_norm(x)), (k, v)
 
     def prefill(self, x, angles, rows, pages, table, *, fresh, implementation, mesh):

@@ -31,30 +31,30 @@ def decode_step(q, k, v, k_pages, v_pages, table, positions, *, interpret: bool,
     sizes = dict(split=split, splits=splits)
     # One array, so that XLA makes all of it, biases and rotations included, in one kernel.
     new = jnp.concatenate([q.reshape(B, K, H // K, E), k[:, :, None], v[:, :, None]], axis=2)
+    heads = jax.ShapeDtypeStruct(q.shape, q.dtype)
     statistics = jax.ShapeDtypeStruct((B, H, splits), jnp.float32)
-    o, m, z, k_pages, v_pages = pl.pallas_call(
+    parts = (jax.ShapeDtypeStruct((B, H, splits, E), jnp.float32), statistics, statistics)
+    found = (heads,) if splits == 1 else parts
+    pools = tuple(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in (k_pages, v_pages))
+    *found, k_pages, v_pages = pl.pallas_call(
         functools.partial(_split_kernel, **sizes),
         grid=(B, K, splits),
-        out_shape=(
-            jax.ShapeDtypeStruct((B, H, splits, E), jnp.float32),
-            statistics,
-            statistics,
-            jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype),
-            jax.ShapeDtypeStruct(v_pages.shape, v_pages.dtype),
-        ),
-        input_output_aliases={1: 3, 2: 4},  # the pools are written in place
+        out_shape=(*found, *pools),
+        input_output_aliases={1: len(found), 2: len(found) + 1},  # the pools are written in place
         compiler_params=triton.CompilerParams(num_warps=2, num_stages=3),
         interpret=interpret,
         name="paged_split",
     )(new, k_pages, v_pages, table, positions)
+    if splits == 1:
+        return *found, k_pages, v_pages
     heads = pl.pallas_call(
         functools.partial(_merge_kernel, **sizes),
         grid=(B, H),
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=heads,
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="paged_merge",
-    )(o, m, z, positions)
+    )(*found, positions)
     return heads, k_pages, v_pages
 
 
@@ -63,12 +63,14 @@ def _tokens_per_split(position, split, splits):
 
 
 def _split_kernel(new, k_pages_in, v_pages_in, table, positions, *outputs, split, splits):
-    """One row, key/value head and split: online softmax over its tokens, unnormalised. new [B, K, G + 2, E].
+    """One row, key/value head and split: online softmax over its tokens, unnormalised unless it is the only split.
+
+    new [B, K, G + 2, E]. outputs: heads [B, H, E] or their parts (o, m, z), then the pools.
 
     The first split, which every row has, starts from the new token instead of from nothing, and writes it. The others
     read positions before it only, so nobody reads what is being written.
     """
-    o_ref, m_ref, z_ref, k_pages_out, v_pages_out = outputs
+    *found, k_pages_out, v_pages_out = outputs
     b, kv, s = (pl.program_id(axis) for axis in range(3))
     G, E = new.shape[2] - 2, new.shape[3]
     position = positions[b]
@@ -89,8 +91,13 @@ def _split_kernel(new, k_pages_in, v_pages_in, table, positions, *outputs, split
         last = jnp.full_like(group, end - 1)
         pools = (k_pages_in, v_pages_in)
         o, m, z = _online_softmax(q, last, pools, table, b, kv, begin, end, (o, m, z))
-        at = (b, kv * G + group, s)
-        o_ref[at], m_ref[at], z_ref[at] = o, m, z
+        if splits == 1:
+            (heads_ref,) = found
+            heads_ref[b, kv * G + group] = (o / z[:, None]).astype(heads_ref.dtype)
+        else:
+            o_ref, m_ref, z_ref = found
+            at = (b, kv * G + group, s)
+            o_ref[at], m_ref[at], z_ref[at] = o, m, z
 
         @pl.when(first & (position >= 0))
         def write():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kimi_jax.arrays import PackedRows
-from kimi_jax.models import decoder, layers, lora, vision
+from kimi_jax.models import decoder, head, layers, lora, vision
 from kimi_jax.models.config import ModelConfig
 
 
@@ -32,8 +32,12 @@ class DecoderEnds(nnx.Module):
 
     def logits(self, x):
         """x [..., D] after the final norm -> float32 [..., V]."""
-        table = (self.head or self.embed).embedding[...].astype(x.dtype)
-        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,vd->...v", x, self.table.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    @property
+    def table(self):
+        """What hidden states are multiplied with, [V, D]."""
+        return (self.head or self.embed).embedding[...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +45,15 @@ class Policy:
     """See the module.
 
     implementation: a name of `models.attention`. mesh: for kernels that GSPMD cannot partition. remat: recompute each
-    layer in the backward pass. unroll: layers per step of the scan over a run.
+    layer in the backward pass, but for what is `kept`, names of `models.config.KEEPABLE`. unroll: layers per step of
+    the scan over a run.
     """
 
     config: ModelConfig
     implementation: str = "xla"
     mesh: jax.sharding.Mesh | None = None
     remat: bool = True
+    kept: tuple[str, ...] = ()
     unroll: int = 1
 
     def init(self, key: jax.Array) -> dict:
@@ -79,6 +85,7 @@ class Policy:
             implementation=self.implementation,
             mesh=self.mesh,
             remat=self.remat,
+            kept=self.kept,
             unroll=self.unroll,
         )
         return self._ends(params).norm(x)
@@ -86,33 +93,14 @@ class Policy:
     def logprobs(
         self, params: dict, rows: PackedRows, *, temperature, logits_chunk: int
     ) -> tuple[jax.Array, jax.Array]:
-        """Log-probs of rows.targets and the entropy at each position, both float32 [R, T].
+        """Log-probs of rows.targets and the entropy at each position, both float32 [R, T]; see `head`.
 
-        The distribution is softmax(logits / temperature), the one that is sampled from. Logits exist for `logits_chunk`
-        tokens of each row at a time, forward and backward: [tokens, V] of a whole batch would not fit. The entropy
-        carries no gradient. Raises ValueError when logits_chunk does not divide T.
+        The distribution is softmax(logits / temperature), the one that is sampled from. Raises ValueError when
+        logits_chunk does not divide the row length T.
         """
+        table = self._ends(params).table
         x = self.hidden(params, rows)
-        R, T, D = x.shape
-        if T % logits_chunk:
-            raise ValueError(f"logits_chunk={logits_chunk} must divide the row length {T}.")
-        ends = self._ends(params)
-
-        @jax.checkpoint
-        def chunk(x, targets):
-            logits = ends.logits(x) / temperature
-            log_z = jax.nn.logsumexp(logits, axis=-1)
-            target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-            frozen = jax.lax.stop_gradient(logits)
-            entropy = log_z - jnp.sum(jax.nn.softmax(frozen, axis=-1) * frozen, axis=-1)
-            return target_logits - log_z, jax.lax.stop_gradient(entropy)
-
-        if T == logits_chunk:
-            return chunk(x, rows.targets)
-        split = lambda a: jnp.moveaxis(a.reshape(R, T // logits_chunk, logits_chunk, *a.shape[2:]), 1, 0)  # noqa: E731
-        _, (logprobs, entropy) = jax.lax.scan(lambda _, xs: (None, chunk(*xs)), None, (split(x), split(rows.targets)))
-        join = lambda a: jnp.moveaxis(a, 0, 1).reshape(R, T)  # noqa: E731
-        return join(logprobs), join(entropy)
+        return head.target_logprobs(x, table, rows.targets, temperature=temperature, chunk=logits_chunk)
 
     def scalars(self, params: dict, rows: PackedRows) -> jax.Array:
         """Output of the scalar head at every position, float32 [R, T]. Raises ValueError if the model has none."""
@@ -207,6 +195,7 @@ class Policy:
             implementation=self.implementation,
             mesh=self.mesh,
             remat=remat,
+            kept=self.kept,
             unroll=self.unroll,
         )
 

@@ -30,6 +30,7 @@ def attend_rows(q, k, v, segments, *, causal: bool, interpret: bool):
         ),
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name="attention",  # see `models.config.KEEPABLE`
         interpret=interpret,
     )
 

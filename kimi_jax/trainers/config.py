@@ -11,6 +11,8 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from kimi_jax.models.config import KEEPABLE
+
 
 def default_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
@@ -28,7 +30,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.rope_base = config_dict.placeholder(float)  # None keeps that of the model
     config.model.attention = "auto"  # a name in models.attention.IMPLEMENTATIONS, or auto
     config.model.scalar_head = False  # one more output, a number per token: what a classic reward model needs
-    config.model.remat = True  # recompute each layer in the backward pass
+    config.model.remat = True  # recompute each layer in the backward pass, which saves memory,
+    config.model.kept = ()  # but for these, which saves time: names in models.config.KEEPABLE
     config.model.unroll = 1  # layers per step of the scan: more compile longer and may run faster
     # Patterns over the paths of the parameters to train, such as "vision/.*". None: all, with LoRA the adapters alone.
     config.model.trainable = config_dict.placeholder(tuple)
@@ -185,8 +188,18 @@ def source(**changes: Any) -> ml_collections.ConfigDict:
 
 
 _AT_LEAST = {
+    "seed": 0,
+    "model.unroll": 1,
     "model.lora.rank": 0,
+    "data.train_per_kind": 0,
+    "data.heldout_per_kind": 0,
+    "sft.examples_per_kind": 1,
+    "sft.steps": 0,
     "sft.rows": 1,
+    "sft.eval_every": 1,
+    "sft.eval_problems": 0,
+    "sft.checkpoint_every": 1,
+    "rl.iterations": 0,
     "rl.problems": 1,
     "rl.grpo.clip": 0,
     "rl.grpo.beta": 0,
@@ -195,6 +208,11 @@ _AT_LEAST = {
     "rl.max_segment_lag": 0,
     "rl.max_age": 0,
     "rl.oversubscribe": 0,
+    "rl.eval_every": 0,
+    "rl.eval_problems": 0,
+    "rl.checkpoint_every": 1,
+    "rl.keep_last": 1,
+    "rl.keep_best": 0,
     "rewards.workers": 0,
     "rewards.alarm": 0,
     "rewards.votes": 1,
@@ -202,6 +220,7 @@ _AT_LEAST = {
     "rewards.weights.repetition": 0,
     "rewards.weights.format": 0,
     "rows.tokens": 1,
+    "rows.patches": 0,
     "sampling.rows": 1,
     "sampling.prompt_tokens": 1,
     "sampling.max_tokens": 1,
@@ -209,7 +228,15 @@ _AT_LEAST = {
     "sampling.page": 1,
     "sampling.prefill_tokens": 1,
     "sampling.repetition.window": 0,
+    "eval.report_groups": 0,
 }
+_POSITIVE = (
+    "sft.optimizer.clip_norm",
+    "rl.optimizer.clip_norm",
+    "rl.tau",
+    "rl.temperature",
+    "rewards.deadline_s",
+)
 
 
 OBJECTIVES = ("mirror_descent", "grpo", "reinforce", "rest", "rloo")  # trainers.objectives
@@ -217,6 +244,9 @@ _CHOICES = {
     "rl.objective": OBJECTIVES,
     "rl.form": ("sequence", "length_normalized", "token"),
     "rl.baseline": ("mean", "log_z"),
+    "rl.curriculum": ("uniform", "hard_after"),
+    **{f"{stage}.optimizer.name": ("adam", "sgd") for stage in ("sft", "rl")},
+    **{f"{stage}.optimizer.schedule": ("constant", "cosine") for stage in ("sft", "rl")},
 }
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -234,8 +264,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
 
     for path, least in _AT_LEAST.items():
         value = _get(config, path)
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # nan neither
             raise ValueError(f"config.{path}={value} must be at least {least}.")
+    for path in _POSITIVE:
+        if not (value := _get(config, path)) > 0:
+            raise ValueError(f"config.{path}={value} must be positive.")
     for path, allowed in _CHOICES.items():
         if (name := _get(config, path)) not in allowed:
             near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.0)[0]
@@ -243,6 +276,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     for name in ("dtype", "sampling_dtype"):
         if config.model[name] not in (None, *_DTYPES):
             raise ValueError(f"config.model.{name}={config.model[name]!r} must be one of {', '.join(_DTYPES)} or None.")
+    if unknown := set(config.model.kept) - set(KEEPABLE):
+        raise ValueError(
+            f"config.model.kept={tuple(config.model.kept)}: {min(unknown)!r} is none of {', '.join(KEEPABLE)}."
+        )
     _check_trained(config.model)
     if config.model.rope_base is not None and (config.model.rope_base <= 0 or config.model.path):
         raise ValueError(
@@ -256,23 +293,21 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"config.rl.responses={config.rl.responses}: a group needs at least 2 responses to be compared."
         )
-    if config.rewards.deadline_s <= 0:
-        raise ValueError(f"config.rewards.deadline_s={config.rewards.deadline_s} must be positive.")
     _check_sources(config)
     _check_reward_model(config.reward_model, config.model)
     if config.dpo.pairs is not None:
         _check_dpo(config)
-    if config.rl.tau <= 0 or config.rl.temperature <= 0:
-        raise ValueError(
-            f"config.rl.tau={config.rl.tau} and config.rl.temperature={config.rl.temperature} must be positive."
-        )
     for kind, tasks in (("text", config.data.text_tasks), ("image", config.data.image_tasks)):
         if tasks and (config.data.train_per_kind % len(tasks) or config.data.heldout_per_kind % len(tasks)):
             raise ValueError(
                 f"config.data.train_per_kind={config.data.train_per_kind} and heldout_per_kind="
                 f"{config.data.heldout_per_kind} must be multiples of the number of {kind} tasks, {len(tasks)}."
             )
-    solutions = config.sft.steps and not config.data.mixture
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(
+                f"config.data.{kind}_tasks={tuple(tasks)} names a task twice, which would give its problems twice."
+            )
+    solutions = config.sft.steps and not (config.data.mixture or config.data.train_file or config.dpo.pairs)
     if solutions and config.sft.examples_per_kind > config.data.train_per_kind:
         raise ValueError(
             f"config.sft.examples_per_kind={config.sft.examples_per_kind} exceeds config.data.train_per_kind="
@@ -280,9 +315,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         )
     drawn = config.rl.problems + round(config.rl.oversubscribe * config.rl.problems)
     problems = config.data.train_per_kind * (bool(config.data.text_tasks) + bool(config.data.image_tasks))
-    if (
-        config.rl.iterations and drawn > problems and not config.data.train_file
-    ):  # of a file the loop over its problems says it
+    if has_rl(config) and drawn > problems and not config.data.train_file:  # a file is looked at when it is read
         raise ValueError(
             f"config.rl.problems={config.rl.problems} with rl.oversubscribe={config.rl.oversubscribe} begins with "
             f"{drawn} problems, but there are {problems}. Raise config.data.train_per_kind or lower one of the two."
@@ -315,8 +348,8 @@ def _check_sources(config: ml_collections.ConfigDict) -> None:
         for key in ("records", "problems"):
             if options[key] < 1:
                 raise ValueError(f"config.data.mixture.{name}.{key}={options[key]} must be at least 1.")
-    if not config.sft.steps and not config.rl.iterations:
-        raise ValueError("config.sft.steps=0 and config.rl.iterations=0: there is nothing to do.")
+    if not config.sft.steps and not has_rl(config):
+        raise ValueError("config.sft.steps=0, and config.rl.iterations=0 or a reward model: there is nothing to do.")
     if (data.train_file is None) != (data.heldout_file is None):
         raise ValueError(
             f"config.data.train_file={data.train_file!r} and config.data.heldout_file={data.heldout_file!r} belong "
@@ -327,9 +360,14 @@ def _check_sources(config: ml_collections.ConfigDict) -> None:
             f"config.data.train_file={data.train_file!r} takes the place of tasks: set config.data.text_tasks=() and "
             "config.data.image_tasks=()."
         )
-    alone = data.mixture and not config.rl.iterations
+    alone = data.mixture and not has_rl(config)
     if not alone and not _has_problems(data):
         raise ValueError("There are no problems: name config.data.text_tasks, image_tasks, or train_file.")
+
+
+def has_rl(config: ml_collections.ConfigDict) -> bool:
+    """Whether the run goes on with RL after what the supervised loop does."""
+    return bool(config.rl.iterations) and not config.reward_model.kind
 
 
 def _has_problems(data: ml_collections.ConfigDict) -> bool:

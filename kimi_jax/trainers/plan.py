@@ -13,12 +13,16 @@ import ml_collections
 import numpy as np
 from jax.sharding import AbstractMesh
 
+from kimi_jax.arrays import RLBatch
 from kimi_jax.models import paths
+from kimi_jax.models.config import ModelConfig
 from kimi_jax.models.policy import Policy
+from kimi_jax.rl.batch import build_minibatches
 from kimi_jax.sampling.engine import Engine
 from kimi_jax.trainers import setup
-from kimi_jax.trainers.config import fields
+from kimi_jax.trainers.config import fields, has_rl
 from kimi_jax.training import sharding, trainable
+from kimi_jax.types import Problem, Prompt, Rollout, RolloutGroup, StopReason
 
 GIB = 2**30
 
@@ -52,6 +56,13 @@ def describe(config: ml_collections.ConfigDict, devices=None) -> str:
     ]
     if mesh.size != len(devices):
         lines.append(f"The mesh needs {mesh.size} devices, which is what the plan below is for.")
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for stage, runs in (("sft", config.sft.steps), ("rl", has_rl(config))):
+        if runs and (micro_rows := config[stage].micro_rows) % ways:
+            lines.append(
+                f"{stage}.micro_rows={micro_rows} is no multiple of {ways}, the devices that rows are split over (data × "
+                "fsdp): each of them computes all rows."
+            )
     return "\n".join([*lines, "", *_batch_lines(config), "", *_memory_lines(config, policy, mesh, state)])
 
 
@@ -61,23 +72,35 @@ def _batch_lines(config):
     sampling = config.sampling
     longest = min(sampling.max_tokens, config.rl.segment_tokens or sampling.max_tokens)
     sft = (
-        f"SFT update: {config.sft.rows} rows of {tokens:,} tokens in {config.sft.rows // config.sft.micro_rows} "
-        f"micro-batches of {config.sft.micro_rows} = {config.sft.micro_rows * tokens:,} tokens"
+        f"SFT update: {_count(config.sft.rows, 'row')} of {tokens:,} tokens in "
+        f"{_count(config.sft.rows // config.sft.micro_rows, 'micro-batch', 'es')} of {config.sft.micro_rows:,} = "
+        f"{config.sft.micro_rows * tokens:,} tokens"
     )
     lines = ["# Batches", sft if config.sft.steps else "no SFT"]
-    if not config.rl.iterations:
+    if not has_rl(config):
         return [*lines, f"{config.sft.steps * config.sft.rows * tokens:,} tokens in all; no RL"]
     lines += [
-        f"RL rollout: {config.rl.problems} problems × {config.rl.responses} = {responses:,} responses, each of at most "
-        f"{longest:,} more tokens, {sampling.rows:,} at a time in chunks of {sampling.chunk} tokens; "
+        f"RL rollout: {_count(config.rl.problems, 'problem')} × {config.rl.responses} = {responses:,} responses, each "
+        f"of at most {longest:,} more tokens, {sampling.rows:,} at a time in chunks of {sampling.chunk} tokens; "
         f"prompts are read {sampling.prefill_tokens:,} tokens at a time",
-        f"RL update: {config.rl.updates} mini-batches of {responses // config.rl.updates:,} responses, in "
-        f"micro-batches of {config.rl.micro_rows} rows = {config.rl.micro_rows * tokens:,} tokens:",
+        f"RL update: {_count(config.rl.updates, 'mini-batch', 'es')} of {responses // config.rl.updates:,} responses, "
+        f"in micro-batches of {_count(config.rl.micro_rows, 'row')} = {config.rl.micro_rows * tokens:,} tokens:",
     ]
     for name, share in (("if all have the most tokens", 1.0), ("if all are half as long", 0.5)):
         rows, micro_batches = rl_rows(config, share)
-        lines.append(f"  {name + ':':28} {rows:,} rows, {micro_batches} micro-batches each")
+        lines.append(f"  {name + ':':28} {_count(rows, 'row')}, {_count(micro_batches, 'micro-batch', 'es')} each")
     return lines
+
+
+def _count(n: int, noun: str, plural: str = "s") -> str:
+    return f"{n:,} {noun}{'' if n == 1 else plural}"
+
+
+def evaluates(config: ml_collections.ConfigDict) -> bool:
+    """Whether what the supervised loop trains is asked the held-out problems, so that it writes responses."""
+    data = config.data
+    heldout = data.heldout_file or data.heldout_per_kind and (data.text_tasks or data.image_tasks)
+    return bool(heldout) and config.reward_model.kind != "classic"
 
 
 def rl_rows(config, share: float) -> tuple[int, int]:
@@ -90,6 +113,31 @@ def rl_rows(config, share: float) -> tuple[int, int]:
     return math.ceil(responses / per_row), math.ceil(responses / per_micro)
 
 
+def rl_micro_batch(config: ml_collections.ConfigDict, shape: ModelConfig) -> RLBatch:
+    """Any micro-batch: all have the same shapes."""
+    token = np.zeros(1, np.int32)
+    rollout = Rollout(0, token, np.zeros(1, np.float32), token, StopReason.END)
+    group = RolloutGroup(Problem("", "", "", ""), Prompt(token), (rollout, rollout))
+    [[batch]] = build_minibatches(
+        [group],
+        [np.zeros(2)],
+        [np.zeros(2)],
+        minibatches=1,
+        rows=config.rl.micro_rows,
+        responses=config.rl.micro_rows * config.rl.responses,
+        oldest_version=0,
+        **setup.packing(config, shape, image_id=-1),
+    )
+    return batch
+
+
+def iteration_bytes(config: ml_collections.ConfigDict, shape: ModelConfig, mesh) -> int:
+    """Per device, of the micro-batches of an iteration, which are all sent before its first update, at most."""
+    batch = rl_micro_batch(config, shape)
+    placed = setup.with_shardings(batch, sharding.row_shardings(mesh, batch))
+    return config.rl.updates * rl_rows(config, 1.0)[1] * bytes_per_device(placed)
+
+
 def _memory_lines(config, policy, mesh, state):
     """Estimates per device: what the large arrays take. Only the compiler knows the rest."""
     shape, tensor = policy.config, mesh.shape["tensor"]
@@ -97,50 +145,65 @@ def _memory_lines(config, policy, mesh, state):
     itemsize = np.dtype(shape.dtype).itemsize
     split = lambda n, ways: n // ways if n % ways == 0 else n  # noqa: E731
     row_ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    trainer = config.rl if config.rl.iterations else config.sft
-    rows, micro_rows = split(config.sampling.rows, row_ways), split(trainer.micro_rows, row_ways)
+    rows = split(config.sampling.rows, row_ways)
     vocab = split(shape.vocab_size, tensor)
     logits = 3 * np.dtype(np.float32).itemsize * vocab  # of a token: themselves, their softmax, their gradient
 
-    def activations(tokens: int, tower, head_dim: int) -> int:
-        """Values that the backward pass of a layer reads; with remat, of one layer beside the inputs of all."""
+    def activations(tokens: int, layers: int, tower, head_dim: int) -> int:
+        """Values that the backward pass of a layer reads; with remat, of one layer beside what all layers keep."""
         heads, mlp_width = split(tower.num_heads, tensor), split(tower.mlp_width, tensor)
-        width = 4 * tower.width + 3 * mlp_width + 3 * heads * head_dim
-        kept, recomputed = (tower.width, width) if config.model.remat else (width, 0)
-        return micro_rows * tokens * itemsize * (tower.num_layers * kept + recomputed)
+        qkv, mlp = 3 * heads * head_dim, 3 * mlp_width
+        width = 4 * tower.width + mlp + qkv
+        keepable = {"attention": heads * head_dim, "qkv": qkv, "middle": tower.width, "mlp": mlp - mlp_width}
+        inputs = tower.width + sum(keepable[name] for name in config.model.kept)
+        kept, recomputed = (inputs, width) if config.model.remat else (width, 0)
+        return tokens * itemsize * (layers * kept + recomputed)
 
-    always = {"masters, float32": state.trained_bytes}
+    def update(stage: str) -> dict[str, int]:
+        micro_rows = split(config[stage].micro_rows, row_ways)
+        each = _count(micro_rows, "row")
+        parts = {"gradients, float32": state.trained_bytes, "optimizer moments": state.moments(stage)}
+        parts[f"activations, {each} × {config.rows.tokens:,} tokens"] = activations(
+            micro_rows * config.rows.tokens, shape.num_layers, shape, shape.head_dim
+        )
+        if config.reward_model.kind != "classic":
+            name = f"logits, {config.rows.logits_chunk:,} tokens per row"
+            parts[name] = micro_rows * config.rows.logits_chunk * logits
+        if (tower := shape.vision) and config.rows.patches:
+            trained = any("vision" in path.split("/") for path, _ in paths.flatten(state.trained))
+            layers = tower.num_layers if trained else 1  # whose backward pass there is, or which runs at a time
+            parts[f"activations, {each} × {config.rows.patches:,} patches"] = activations(
+                micro_rows * config.rows.patches, layers, tower, tower.width // tower.num_heads
+            )
+        if "lora" in state.params:
+            parts["kernels with adapters merged, float32"] = state.merged(config.model.remat)
+        return parts
+
+    masters = {"masters, float32": state.trained_bytes}
     if state.frozen:
-        always[f"frozen parameters, {config.model.base_dtype}"] = state.masters - state.trained_bytes
-    resets = config.rl.iterations and config.rl.reset_optimizer
-    if not resets:
-        always["optimizer moments"] = state.moments
-    rollout = always | {
-        "rollout copy of the weights": state.rollout,
+        masters[f"frozen parameters, {config.model.base_dtype}"] = state.masters - state.trained_bytes
+    copy = {"rollout copy of the weights": state.rollout}
+    writing = copy | {
         f"KV cache, {engine.shard_pages:,} pages of {engine.page} tokens": bytes_per_device(engine.page_shapes()),
         "logits of one decode step": rows * logits,
     }
-    update = always | {
-        **({"rollout copy of the weights": state.rollout} if config.rl.iterations else {}),
-        "gradients, float32": state.trained_bytes,
-        "optimizer moments": state.moments,
-        f"activations, {micro_rows} rows × {config.rows.tokens:,} tokens": activations(
-            config.rows.tokens, shape, shape.head_dim
-        ),
-        f"logits, {config.rows.logits_chunk} tokens per row": micro_rows * config.rows.logits_chunk * logits,
-    }
-    if shape.vision and config.rows.patches:
-        update[f"activations, {micro_rows} rows × {config.rows.patches:,} patches"] = activations(
-            config.rows.patches, shape.vision, shape.vision.width // shape.vision.num_heads
-        )
-    if "lora" in state.params:
-        update["kernels with adapters merged, float32"] = state.merged(config.model.remat)
+    phases = {}
+    if config.sft.steps:
+        phases["SFT phase"] = masters | update("sft")
+        if evaluates(config):
+            meanwhile = {"optimizer moments": state.moments("sft")} if config.sft.eval_problems else {}
+            phases["SFT evaluation"] = masters | meanwhile | writing
+    if has_rl(config):
+        always = masters if config.rl.reset_optimizer else masters | {"optimizer moments": state.moments("rl")}
+        phases["rollout phase"] = always | writing
+        sent = {"micro-batches of an iteration, at most": iteration_bytes(config, shape, mesh)}
+        phases["update phase"] = always | copy | sent | update("rl")
     lines = ["# Memory per device (estimate)"]
-    for phase, parts in (("rollout", rollout), ("update", update)) if config.rl.iterations else (("update", update),):
-        lines += [f"{phase} phase"]
+    for phase, parts in phases.items():
+        lines += [phase]
         lines += [f"  {name:44} {_gib(size)}" for name, size in (parts | {"total": sum(parts.values())}).items()]
-    if resets:
-        lines += ["The moments exist in the update phase only."]
+    if has_rl(config) and config.rl.reset_optimizer:
+        lines += ["In RL the moments exist in the update phase only."]
     return lines
 
 
@@ -164,7 +227,7 @@ class Weights:
     params: Any
     trained: Any  # those of them that are, and those that are not
     frozen: Any
-    opt_state: Any
+    opt_states: dict[str, Any]  # by section of the config: sft, rl
     rollout_params: Any
 
     @classmethod
@@ -172,15 +235,14 @@ class Weights:
         place = lambda tree, rules: setup.with_shardings(tree, sharding.shardings(mesh, tree, rules))  # noqa: E731
         params = setup.params_like(config, policy, mesh)
         trained, frozen = trainable.split(params, setup.trained_patterns(config))
-        options = config.rl if config.rl.iterations else config.sft
-        opt_state = jax.eval_shape(setup.make_optimizer(options.optimizer).init, trained)
+        fresh = {s: jax.eval_shape(setup.make_optimizer(config[s].optimizer).init, trained) for s in ("sft", "rl")}
         dtype = config.model.sampling_dtype or policy.config.dtype
         rollout_params = jax.eval_shape(functools.partial(policy.to_sampling_layout, dtype=dtype), params)
         return cls(
             params,
             trained,
             frozen,
-            place(opt_state, sharding.TRAIN_RULES),
+            place(fresh, sharding.TRAIN_RULES),
             place(rollout_params, sharding.SAMPLE_RULES),
         )
 
@@ -208,9 +270,8 @@ class Weights:
                 sizes.append(2 * size // kernels[0].shape[0] if remat else size)
         return max(sizes) if remat else sum(sizes)
 
-    @property
-    def moments(self) -> int:
-        return bytes_per_device(self.opt_state)
+    def moments(self, stage: str) -> int:
+        return bytes_per_device(self.opt_states[stage])
 
     @property
     def rollout(self) -> int:

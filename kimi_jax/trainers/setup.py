@@ -28,6 +28,7 @@ from kimi_jax.sampling.repetition import RepetitionSettings
 from kimi_jax.tasks import TASKS, get_task
 from kimi_jax.tasks.base import make_problems, read_problems
 from kimi_jax.trainers import origin, rewards, sources
+from kimi_jax.trainers.config import has_rl
 from kimi_jax.training import distributed, optim, sharding, trainable
 from kimi_jax.training.step import LossFn, Reads, Stepper
 from kimi_jax.types import Problem, Verdict
@@ -215,7 +216,8 @@ def make_policy(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, shap
             f"config.model.attention={implementation!r} must be 'auto' or one of "
             f"{', '.join(attention.IMPLEMENTATIONS)}."
         )
-    return Policy(shape, implementation, mesh, remat=config.model.remat, unroll=config.model.unroll)
+    model = config.model
+    return Policy(shape, implementation, mesh, remat=model.remat, kept=tuple(model.kept), unroll=model.unroll)
 
 
 def init_params(config: ml_collections.ConfigDict, policy: Policy, key: jax.Array) -> dict:
@@ -258,7 +260,7 @@ def make_problem_sets(config: ml_collections.ConfigDict) -> tuple[list[Problem],
     or none, for a run that is about a mixture of other sources."""
     if config.data.train_file:
         train, heldout = read_problems(config.data.train_file), read_problems(config.data.heldout_file)
-        few = config.rl.iterations and len(train) < config.rl.problems
+        few = has_rl(config) and len(train) < config.rl.problems
         if few or config.sft.steps and not config.dpo.pairs and not any(problem.solution for problem in train):
             raise ValueError(
                 f"{config.data.train_file} has {len(train)} problems; there must be config.rl.problems="
@@ -283,7 +285,7 @@ def build(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Setup:
     mesh = sharding.make_mesh(**config.mesh)
     check_model(config, mesh)
     sources.check(config)
-    if config.init and not (workdir / "checkpoints").exists():
+    if config.init and not origin.has_checkpoint(workdir):
         check_origin(config, mesh)
     rewards.own_verifiers(config.rewards.verifiers)
     rewards.own_components(config.rewards.components)
@@ -354,7 +356,7 @@ def make_chat(config: ml_collections.ConfigDict, workdir: pathlib.Path, train: l
 
 
 def _check_vocabulary(config, workdir):
-    if config.init and not (workdir / "checkpoints").exists():
+    if config.init and not origin.has_checkpoint(workdir):
         origin.find(config.init).check_vocabulary(workdir)
 
 

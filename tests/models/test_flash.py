@@ -11,6 +11,7 @@ from kimi_jax.models import attention, flash
 from kimi_jax.models.attention import attend_packed
 from kimi_jax.models.flash import attend_rows
 from kimi_jax.training.sharding import make_mesh
+from tests.helpers import lower_for_gpu
 
 
 def _segments(*rows, tokens):
@@ -93,6 +94,80 @@ def test_gradients_of_layers_that_are_scanned_and_recomputed():
     np.testing.assert_allclose(grad(scales, "flash_interpret"), grad(scales, "xla"), rtol=1e-4)
 
 
+@pytest.mark.parametrize("keep, times", [((), 2), (("attention",), 1)])
+def test_what_is_kept_is_not_computed_again(keep, times):
+    """The forward kernel in the gradient of a recomputed layer: once, where its results are kept."""
+    q, k, v, g = _inputs(MIXED[:2], 2, 1, 16)
+    policy = jax.checkpoint_policies.save_only_these_names(*keep)
+    attend = functools.partial(flash.attend_rows, segments=_whole_blocks(MIXED[:2]), causal=True, interpret=True)
+    q, k, v, g = (_whole_blocks(x) for x in (q, k, v, g))
+    layer = jax.checkpoint(lambda q: jnp.sin(attend(jnp.sin(q), k, v)), policy=policy)
+    gradient = jax.make_jaxpr(jax.grad(lambda q: jnp.sum(layer(q) * g)))(q)
+    assert str(gradient).count("name=flash_forward") == times
+
+
+def _whole_blocks(x):
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 128), *[(0, 0)] * (x.ndim - 2)))
+
+
+@pytest.mark.parametrize("keep, times", [((), 2), (("attention",), 1)])
+def test_rows_of_one_sequence_go_to_cudnn_and_back(monkeypatch, keep, times):
+    """With a stand-in that leaves behind for its gradient what cuDNN does, and counts how often it runs."""
+    runs = []
+
+    @jax.custom_vjp
+    def cudnn(q, k, v):
+        return forward(q, k, v)[0]
+
+    def forward(q, k, v):
+        o, lse = jax.pure_callback(
+            lambda *inputs: runs.append(1) or jax.tree.map(np.asarray, plain(*inputs)),
+            (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((q.shape[0], 2, q.shape[1]), q.dtype)),
+            *(q, k, v),
+        )
+        return o, (q, k, v, jnp.zeros(0), lse, o)
+
+    def backward(residuals, do):  # of o = p v, from lse and o alone
+        q, k, v, _, lse, o = residuals
+        logits = jnp.einsum("rthe,rske->rhts", q, k) * 16**-0.5
+        p = jnp.where(jnp.tri(q.shape[1], dtype=bool)[None, None], jnp.exp(logits - lse[..., None]), 0)
+        dp = jnp.einsum("rthe,rske->rhts", do, v)
+        ds = p * (dp - jnp.einsum("rthe,rthe->rht", do, o)[..., None]) * 16**-0.5
+        dq, dk = jnp.einsum("rhts,rske->rthe", ds, k), jnp.einsum("rhts,rthe->rse", ds, q)[:, :, None]
+        return dq, dk, jnp.einsum("rhts,rthe->rse", p, do)[:, :, None]
+
+    def plain(q, k, v):
+        logits = jnp.einsum("rthe,rske->rhts", q, k) * 16**-0.5
+        logits = jnp.where(jnp.tri(q.shape[1], dtype=bool)[None, None], logits, -jnp.inf)
+        o = jnp.einsum("rhts,rske->rthe", jax.nn.softmax(logits), v)
+        return o, jax.nn.logsumexp(logits, axis=-1)
+
+    cudnn.defvjp(forward, backward)
+    q, k, v, g = (_whole_blocks(x) for x in _inputs(ALONE[:2], 2, 1, 16))
+    attend = functools.partial(flash.attend_rows, segments=_whole_blocks(ALONE[:2]), causal=True, interpret=True)
+    policy = jax.checkpoint_policies.save_only_these_names(*keep)
+
+    def gradients():
+        layer = jax.checkpoint(lambda *x: jnp.sin(attend(*x)), policy=policy)
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(layer(*x) * g), argnums=(0, 1, 2)))(q, k, v)
+
+    expected = gradients()
+    monkeypatch.setattr(flash, "_alone", lambda interpret: cudnn)
+    for ours, theirs in zip(*map(jax.tree.leaves, (gradients(), expected)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert len(runs) == times
+
+
+def test_triton_takes_the_kernels():
+    """Without a GPU their Triton code is made and looked through; what it computes is tested interpreted."""
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)  # noqa: E731
+    segments = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    attend = functools.partial(flash.attend_rows, causal=False, interpret=False)  # causal would ask for cuDNN
+    gradient = jax.grad(lambda q, k, v, s: jnp.sum(attend(q, k, v, s).astype(jnp.float32)), argnums=(0, 1, 2))
+    text = lower_for_gpu(gradient, shape(2, 256, 6, 64), shape(2, 256, 2, 64), shape(2, 256, 2, 64), segments)
+    assert all(name in text for name in ("flash_forward", "flash_queries", "flash_keys"))
+
+
 def test_intervals():
     first, stop = flash._intervals(jnp.array([[1, 1, 2, 2, 2, 0, 0], [3, 3, 3, 3, 3, 3, 3]]))
     np.testing.assert_array_equal(first, [[0, 0, 2, 2, 2, 5, 6], [0] * 7])
@@ -103,7 +178,11 @@ def test_nothing_grows_with_the_square_of_the_row():
     T = 16_384
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)  # noqa: E731
     first = jax.ShapeDtypeStruct((1, T), jnp.int32)
-    run = lambda q, k, v, first, stop: jax.vjp(lambda *x: flash._attend(*x, first, stop, True, True), q, k, v)[1](q)  # noqa: E731
+
+    def run(*inputs):
+        o, lse = flash._packed_forward(*inputs, causal=True, interpret=True)
+        return flash._packed_backward(*inputs, o, lse, o, causal=True, interpret=True)
+
     jaxpr = jax.make_jaxpr(run)(shape(1, T, 2, 16), shape(1, T, 1, 16), shape(1, T, 1, 16), first, first)
     sizes = [var.aval.size for equation in jaxpr.eqns for var in equation.outvars]
     assert max(sizes) == T * 2 * 16

@@ -10,6 +10,7 @@ import pytest
 
 from kimi_jax.models import paged, paged_gpu
 from kimi_jax.training.sharding import make_mesh
+from tests.helpers import lower_for_gpu
 
 write = jax.jit(paged.write, static_argnames="mesh")
 decode_step = jax.jit(paged.decode_step, static_argnames=("implementation", "mesh"))
@@ -122,6 +123,17 @@ def test_pieces_match_oracle(lengths, shape, implementation):
         real = positions[b] >= 0
         wanted = oracle(q[b, real], rows.k[b], rows.v[b], positions[b, real])
         np.testing.assert_allclose(np.asarray(heads)[b, real], wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("pages, merges", [(1, False), (11, True)])
+def test_triton_takes_the_kernels(pages, merges):
+    """Without a GPU their Triton code is made and looked through; what it computes is tested interpreted."""
+    shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
+    table, positions = shape(5, pages, dtype=jnp.int32), shape(5, dtype=jnp.int32)
+    pools, new = [shape(2, 67, 64, 128)] * 2, [shape(5, 2, 128)] * 2
+    step = functools.partial(paged_gpu.decode_step, interpret=False)
+    text = lower_for_gpu(step, shape(5, 6, 128), *new, *pools, table, positions)
+    assert "paged_split" in text and ("paged_merge" in text) == merges
 
 
 @pytest.mark.parametrize("implementation", ["xla", "gpu_interpret"])

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from kimi_jax.models import layers
+from kimi_jax.models.config import KEEPABLE
 from kimi_jax.models.policy import Policy
 from kimi_jax.types import Example
 from tests.helpers import CONFIG, IMAGE_ID, QUICK_COMPILE, assert_trees_close, pack, random_params, random_prompt
@@ -256,8 +257,8 @@ def test_the_scalar_head_matches_numpy_and_is_missed_when_absent():
 
 @pytest.mark.parametrize(
     "changes, logits_chunk",
-    [({"unroll": CONFIG.num_layers}, 11), ({"remat": False}, 1)],
-    ids=["unrolled-chunk-11", "no-remat-chunk-1"],
+    [({"unroll": CONFIG.num_layers}, 11), ({"remat": False}, 1), ({"kept": KEEPABLE}, 33)],
+    ids=["unrolled-chunk-11", "no-remat-chunk-1", "all-kept-chunk-33"],
 )
 def test_how_it_is_computed_changes_nothing(params, base, changes, logits_chunk):
     rows, weights, _, logprobs, entropy, grads = base
@@ -265,6 +266,17 @@ def test_how_it_is_computed_changes_nothing(params, base, changes, logits_chunk)
     np.testing.assert_allclose(other[0], logprobs, atol=1e-5)
     np.testing.assert_allclose(other[1], entropy, atol=1e-5)
     assert_trees_close(other[2], grads, relative=1e-4)
+
+
+def test_with_all_that_can_be_kept_no_product_is_computed_twice(params):
+    rows, weights, _ = packed()
+
+    def products(**options):
+        policy = dataclasses.replace(POLICY, implementation="flash_interpret", **options)
+        loss = lambda p: policy.logprobs(p, rows, temperature=TEMPERATURE, logits_chunk=ROW_TOKENS)[0]  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(weights * loss(p))))(params)).count("dot_general")
+
+    assert products() > products(kept=("attention",)) > products(kept=KEEPABLE) == products(remat=False)
 
 
 def test_a_chunk_that_does_not_divide_the_row_is_refused(params, base):

@@ -17,7 +17,7 @@ from tests.trainers.helpers import text_config
 
 
 def _line(text, name):
-    [line] = [line for line in text.splitlines() if line.strip().startswith(name)]
+    [line] = {line for line in text.splitlines() if line.strip().startswith(name)}
     return line
 
 
@@ -52,6 +52,19 @@ def test_memory_adds_up_and_moments_come_and_go(reset):
     assert "optimizer moments" in update
 
 
+def test_what_layers_keep_takes_memory():
+    def activations(**more):
+        line = plan.describe(text_config(**{"model.size": "qwen2.5-1.5b"}, **more)).split("activations, ")[1]
+        rows, tokens, gib = re.match(r"(\d+) rows? × (\d+) tokens +([\d.]+) GiB", line).groups()
+        return int(rows) * int(tokens), float(gib)
+
+    (tokens, less), (_, more) = activations(), activations(**{"model.kept": ("mlp",)})
+    mlp = 28 * tokens * 2 * (8_960 // 2) * 2 / 2**30  # layers × tokens × gate and up, over 2 devices × bytes
+    assert more - less == pytest.approx(mlp, abs=0.0011)
+    with pytest.raises(ValueError, match="config.model.kept=.*: 'atention' is none of attention, qkv, middle, mlp"):
+        check_config(text_config(**{"model.kept": ("mlp", "atention")}))
+
+
 @pytest.mark.parametrize("pages, count", [(None, 1 + 64 * (7 + 1)), (999, 1 + 999 // 4)])
 def test_pages_of_the_cache(pages, count):
     """7 pages of 16 tokens for 48 + 64, and one for a copy; one to throw away. 4 layers, 1 of 2 heads of 32 float32."""
@@ -70,6 +83,13 @@ def test_rows_that_do_not_divide_are_refused():
         plan.describe(text_config(**{"mesh.data": 2, "sampling.rows": 255}))
 
 
+@pytest.mark.parametrize("micro_rows, told", [(8, []), (4, []), (6, ["rl"])])
+def test_rows_of_a_micro_batch_that_do_not_divide_are_told(micro_rows, told):
+    """They are computed everywhere, which gives the same in more time."""
+    text = plan.describe(text_config(**{"mesh.data": 2, "rl.micro_rows": micro_rows}))
+    assert re.findall(r"(\w+)\.micro_rows=\d is no multiple of 4, ", text) == told
+
+
 def test_sharded_bytes():
     """4 of 8 devices share the masters: the embedding [384, 128] in both dimensions, a norm in none."""
     config = text_config(**{"mesh.data": 2})
@@ -83,7 +103,7 @@ def test_sharded_bytes():
     decoder = plan.bytes_per_device(weights.params["decoder"])
     assert decoder == 4 * (whole // 4 + 4 * layer_norms + 128)
     # Adam: two moments like the masters, and a counter
-    assert weights.moments == 2 * weights.masters + 4
+    assert weights.moments("sft") == weights.moments("rl") == 2 * weights.masters + 4
 
 
 def test_a_mesh_that_is_not_here_is_planned_for():
@@ -115,7 +135,13 @@ def test_every_config_works_out(path):
     text = plan.describe(config)
     count = int(re.search(r"^parameters: .* = ([\d,]+)$", text, re.M).group(1).replace(",", ""))
     least = named_size(config.model.size).width ** 2 * 12
-    assert least < count < 10**10 and text.count("  total") == (2 if config.rl.iterations else 1)
+    has_rl, evaluated = config.rl.iterations and not config.reward_model.kind, config.data.heldout_per_kind
+    if path.stem == "rm_classic" or not (config.data.text_tasks or config.data.image_tasks):
+        evaluated = 0  # by a score, or by the loss
+    phases = ["SFT phase"] * (config.sft.steps > 0) + ["SFT evaluation"] * bool(config.sft.steps and evaluated)
+    phases += ["rollout phase", "update phase"] * bool(has_rl)
+    assert least < count < 10**10 and re.findall(r"^.* phase$|^SFT evaluation$", text, re.M) == phases
+    assert text.count("  total") == len(phases) and ("no RL" in text) == (not has_rl)
 
 
 def test_without_rl_the_plan_is_of_the_supervised_update():
@@ -157,6 +183,30 @@ def test_an_answer_in_the_form_that_is_asked_for_is_right_and_pictures_fit(name)
         assert verify(problem, f"First 7.\nThen 8.\n{form}{problem.answer}").outcome == Outcome.CORRECT
         patches |= {len(process_image(image).patches) for image in problem.images}
     assert max(patches, default=0) == config.sampling.prompt_patches
+
+
+@pytest.mark.parametrize("name, logits", [("rm_classic", False), ("rm_cot", True)])
+def test_a_reward_model_has_no_rl_and_the_classic_one_no_logits(name, logits):
+    [path] = [path for path in CONFIGS if path.stem == name]
+    memory = plan.describe(config_of(path)).partition("# Memory")[2]
+    assert "6 rows × 192 tokens" in memory and "rollout phase" not in memory and "update phase" not in memory
+    assert ("logits, 192 tokens per row" in memory) == ("KV cache" in memory) == logits
+
+
+def test_moments_exist_while_sft_is_evaluated():
+    """Then they lie beside the cache, which between the updates of RL they do not."""
+    text = plan.describe(text_config()).partition("SFT evaluation\n")[2]
+    evaluation, rollout = text.partition("rollout phase\n")[::2]
+    assert "optimizer moments" in evaluation and "KV cache" in evaluation and "optimizer moments" not in rollout[:300]
+
+
+def test_no_layer_of_a_frozen_tower_keeps_anything_for_the_backward_pass():
+    config = default_config()
+    config.mesh.data = 1
+    config.model.trainable = ("decoder/.*",)
+    values = 16 * 112 * (1 * 64 + 4 * 64 + 3 * 192 + 3 * 64)
+    found = float(re.search(r"16 rows × 112 patches +([\d.]+) GiB", plan.describe(config)).group(1))
+    assert found == pytest.approx(4 * values / 2**30, abs=5e-4)
 
 
 def test_pictures_take_memory_in_an_update():

@@ -19,7 +19,18 @@ from kimi_jax.models.hf.shards import read_directory
 from kimi_jax.models.hf.writing import TENSORS, copy_side_files
 from kimi_jax.models.policy import Policy
 
-__all__ = ["FAMILIES", "TENSORS", "check_weights", "copy_side_files", "load_params", "read_config", "save_params"]
+__all__ = [
+    "FAMILIES",
+    "TENSORS",
+    "UNUSED",
+    "check_weights",
+    "copy_side_files",
+    "load_params",
+    "read_config",
+    "save_params",
+]
+
+UNUSED = "unused_options.json"  # beside config.json: a list of globs, what may be left unread
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
@@ -28,7 +39,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def read_config(directory: str | os.PathLike, *, unused: Iterable[str] = ()) -> tuple[Family, ModelConfig]:
-    """The family of a directory and the shape of its model. unused: globs of options that may be left unread.
+    """The family of a directory and the shape of its model.
+
+    unused: globs of options that may be left unread, besides those in a file UNUSED, which an import leaves there.
 
     Raises FileNotFoundError without config.json, ValueError for an architecture or an option that is not supported.
     """
@@ -49,8 +62,13 @@ def read_config(directory: str | os.PathLike, *, unused: Iterable[str] = ()) -> 
             f"Supported: {', '.join(FAMILIES)}."
         )
     family = FAMILIES[named[0]]
-    options = Options(values, where=str(path), unused=unused)
-    config = family.config(options)
+    declared = path.with_name(UNUSED)
+    declared = json.loads(declared.read_text(encoding="utf-8")) if declared.is_file() else []
+    options = Options(values, where=str(path), unused=(*unused, *declared))
+    try:
+        config = family.config(options)
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{path} has an option of the wrong kind, or a size that is 0: {error}.") from error
     options.finish()
     return family, config
 

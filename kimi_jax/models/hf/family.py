@@ -66,7 +66,8 @@ _INERT = """
     max_position_embeddings max_window_layers pretraining_tp model_max_length
     output_attentions output_hidden_states return_dict chunk_size_feed_forward is_encoder_decoder is_decoder
     id2label label2id problem_type num_labels task_specific_params base_model_tp_plan tokenizer_class
-    unsloth_version unsloth_fixed use_bfloat16 max_length min_length top_k top_p temperature repetition_penalty
+    unsloth_version unsloth_fixed is_llama_config transformers.js_config _attn_implementation_autoset
+    use_bfloat16 max_length min_length top_k top_p temperature repetition_penalty
 """.split()
 
 
@@ -121,19 +122,24 @@ class Options:
             if not known and value not in (None, False, {}, []):
                 raise ValueError(
                     f"{self.where}: option {name}={value!r} is unknown, so it is not known whether it changes what the "
-                    f"model computes. If it does not, name it: unused=({name!r},)."
+                    f"model computes. If it does not, import it with --unused={name}, or name it: unused=({name!r},)."
                 )
 
 
-def read_rope(options: Options, *, extras: tuple[str, ...] = ()) -> tuple[float, RopeScaling | None, dict[str, Any]]:
+def read_rope(
+    options: Options, *, default_base: float | None = 10_000.0, extras: tuple[str, ...] = ()
+) -> tuple[float, RopeScaling | None, dict[str, Any]]:
     """(base, scaling, extras) from `rope_parameters`, or from `rope_theta` and `rope_scaling` as they were before 2026.
 
-    extras: further keys that the family reads from there; those present are returned. Raises ValueError for a kind of
-    scaling that is not supported.
+    default_base: where none is given; None: it must be. extras: further keys that the family reads from there; those
+    present are returned. Raises ValueError for a kind of scaling that is not supported, and for two that differ.
     """
-    old = options.take("rope_scaling", {})
-    rope = Options({**old, **options.take("rope_parameters", {})}, where=f"{options.where} RoPE", unused=options.unused)
-    base = float(rope.take("rope_theta", options.take("rope_theta", 10_000.0)))
+    old, new = options.take("rope_scaling", {}), options.take("rope_parameters", {})
+    if old and new and old != new:
+        raise ValueError(f"{options.where}: rope_scaling={old} is not rope_parameters={new}. Keep the one that counts.")
+    outer = {"rope_theta": options.take("rope_theta", default_base)}
+    rope = Options(outer | old | new, where=f"{options.where} RoPE", unused=options.unused)
+    base = float(rope.require("rope_theta"))
     options.expect("partial_rotary_factor", 1.0)
     rope.expect("partial_rotary_factor", 1.0)
     kinds = ("default", "llama3", *(("mrope",) if extras else ()))
@@ -183,7 +189,7 @@ def decoder_options(options: Options, *, default_head_dim: int | None = None) ->
         "num_kv_heads": options.take("num_key_value_heads", num_heads),
         "head_dim": options.take("head_dim", default_head_dim or width // num_heads),
         "mlp_width": options.require("intermediate_size"),
-        "norm_eps": options.take("rms_norm_eps", 1e-6),
+        "norm_eps": float(options.take("rms_norm_eps", 1e-6)),
         "tie_embeddings": options.take("tie_word_embeddings", False),
     }
 

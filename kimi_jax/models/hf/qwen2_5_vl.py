@@ -11,8 +11,11 @@ def config(options: Options) -> ModelConfig:
     # Published directories keep the options of the decoder at the top level, newer ones in a part of their own.
     text = options.part("text_config") if "text_config" in options.values else options
     vision = options.part("vision_config")
-    shape = decoder_config(options, text, qkv_bias=True, vision=_tower(vision, text.require("hidden_size")))
+    tower = _tower(vision, text.require("hidden_size"))
+    shape = decoder_config(options, text, mrope_interleaved=False, qkv_bias=True, vision=tower)
     if text is not options:
+        for name in text.values:  # some directories have them at both places, of which the part counts
+            options.take(name, None)
         text.finish()
     vision.finish()
     return shape

@@ -13,7 +13,8 @@ def config(options: Options) -> ModelConfig:
     text, vision = options.part("text_config"), options.part("vision_config")
     bias = text.take("attention_bias", False)
     tower = _tower(vision, text.require("hidden_size"))
-    shape = decoder_config(options, text, qkv_bias=bias, o_bias=bias, qk_norm=True, vision=tower)
+    flags = dict(mrope_interleaved=True, qkv_bias=bias, o_bias=bias, qk_norm=True)
+    shape = decoder_config(options, text, vision=tower, **flags)
     text.finish()
     vision.finish()
     return shape

@@ -1,5 +1,6 @@
 """What the vision-language families of Qwen share: M-RoPE in config.json, and most of a vision tower."""
 
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,13 +12,16 @@ _SPECIAL_TOKENS = ("image", "video", "vision", "vision_start", "vision_end")
 _CHANNELS = 3
 
 
-def decoder_config(options: Options, text: Options, **fields) -> ModelConfig:
+def decoder_config(options: Options, text: Options, *, mrope_interleaved: bool, **fields) -> ModelConfig:
     """options: all of config.json; text: the part that speaks of the decoder. fields: those that are the family's."""
-    for name in _SPECIAL_TOKENS:  # the tokenizer knows them too
-        options.take(f"{name}_token_id", None)
-    base, scaling, mrope = read_rope(text, extras=("mrope_section", "mrope_interleaved"))
+    for part, name in itertools.product((options, text), _SPECIAL_TOKENS):  # the tokenizer knows them too
+        part.take(f"{name}_token_id", None)
+    text.require("rms_norm_eps")  # what it and rope_theta are when left out differs from family to family
+    base, scaling, mrope = read_rope(text, default_base=None, extras=("mrope_section", "mrope_interleaved"))
     if "mrope_section" not in mrope:
         raise ValueError(f"{text.where} lacks 'mrope_section' in rope_parameters. Without it the model is not defined.")
+    if mrope.get("mrope_interleaved", mrope_interleaved) != mrope_interleaved:
+        raise ValueError(f"{text.where}: only mrope_interleaved={mrope_interleaved} is supported in this family.")
     shared = decoder_options(text)
     shared["tie_embeddings"] |= options.take("tie_word_embeddings", False)
     dtypes = [compute_dtype(part) for part in (options, text) if {"dtype", "torch_dtype"} & part.values.keys()]
@@ -25,7 +29,7 @@ def decoder_config(options: Options, text: Options, **fields) -> ModelConfig:
         rope_base=base,
         rope_scaling=scaling,
         mrope_sections=tuple(mrope["mrope_section"]),
-        mrope_interleaved=mrope.get("mrope_interleaved", False),
+        mrope_interleaved=mrope_interleaved,
         dtype=dtypes[0] if dtypes else compute_dtype(options),
         **shared,
         **fields,
@@ -38,7 +42,7 @@ def tower_config(options: Options, out_width: int) -> dict[str, Any]:
         options.expect(name, _CHANNELS)
     options.expect("out_hidden_size", out_width)
     rope = Options(options.take("rope_parameters", {}), where=f"{options.where} RoPE", unused=options.unused)
-    rope.expect("rope_type", "axial")
+    rope.expect("rope_type", "axial", "default")
     fields = {
         "patch_size": options.require("patch_size"),
         "temporal_patch_size": options.require("temporal_patch_size"),

@@ -68,7 +68,7 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             entries = {
-                name: Entry(path, name, str(one["dtype"]), tuple(map(int, one["shape"])), one["data_offsets"][0])
+                name: Entry(path, name, str(one["dtype"]), tuple(map(int, one["shape"])), int(one["data_offsets"][0]))
                 for name, one in header.items()
             }
             spans = sorted((*map(int, one["data_offsets"]), name) for name, one in header.items())
@@ -76,8 +76,9 @@ def read_header(path: pathlib.Path) -> dict[str, Entry]:
             raise damaged(f"its header cannot be read ({type(error).__name__}: {error})") from error
     end = 0
     for begin, stop, name in spans:
-        wanted = math.prod(entries[name].shape) * _SIZES.get(entries[name].dtype, 0)
-        if begin != end or stop < begin or wanted not in (0, stop - begin):
+        size_of = _SIZES.get(entries[name].dtype)
+        fits = size_of is None or stop - begin == math.prod(entries[name].shape) * size_of
+        if begin != end or stop < begin or not fits:
             raise damaged(
                 f"the header gives {name!r} bytes {begin} to {stop}, which does not fit its shape or the rest"
             )

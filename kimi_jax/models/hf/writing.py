@@ -93,6 +93,8 @@ def replaced(out: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
             out.rename(old)
         new.rename(out)
     finally:
+        if old.exists() and not out.exists():  # stopped between the two
+            old.rename(out)
         for path in (new, old):
             shutil.rmtree(path, ignore_errors=True)
 

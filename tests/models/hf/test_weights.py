@@ -89,13 +89,79 @@ def read(values):
     return config
 
 
+VISION = dict(
+    depth=3,
+    hidden_size=24,
+    intermediate_size=29,
+    num_heads=3,
+    out_hidden_size=42,
+    patch_size=7,
+    spatial_merge_size=2,
+    temporal_patch_size=2,
+)
+IDS = {f"{name}_token_id": i for i, name in enumerate(("image", "video", "vision", "vision_start", "vision_end"))}
+
+
+def qwen2_5_vl(**changes):
+    tower = VISION | dict(window_size=42, fullatt_block_indexes=[1], in_chans=3, spatial_patch_size=7)
+    rope = dict(rope_theta=1e6, rope_scaling={"type": "mrope", "mrope_section": [2, 2, 3]})
+    values = config_json("Qwen2_5_VLForConditionalGeneration", vision_config=tower, sliding_window=37, **rope, **IDS)
+    return values | {"use_sliding_window": False, "tie_word_embeddings": True} | changes
+
+
+def qwen3_vl(**rope):
+    text = dict(QWEN3, torch_dtype=None, rope_theta=None, rope_parameters={"mrope_section": [1, 2, 2], **rope})
+    tower = VISION | dict(
+        hidden_act="gelu_pytorch_tanh", num_position_embeddings=9, deepstack_visual_indexes=[0], in_channels=3
+    )
+    names = {"architectures": ["Qwen3VLForConditionalGeneration"], "dtype": "bfloat16"}
+    return names | {"text_config": text, "vision_config": tower, **IDS}
+
+
+def test_options_of_a_decoder_may_stand_at_the_top_in_a_part_or_at_both_places():
+    """Published, as transformers 4.56 saved it, and as 4.53 did: of what is there twice, the part counts."""
+    flat = qwen2_5_vl()
+    ours = read(flat)
+    assert (ours.num_layers, ours.tie_embeddings, ours.mrope_interleaved) == (2, True, False)
+    part = {name: value for name, value in flat.items() if name != "vision_config"}
+    part |= {"sliding_window": None, "layer_types": ["full_attention"] * 2, "image_token_id": None}
+    outer = {
+        name: flat[name] for name in ("architectures", "vision_config", "tie_word_embeddings", "torch_dtype", *IDS)
+    }
+    assert read(outer | {"text_config": part}) == ours
+    assert read(flat | {"num_hidden_layers": 7, "text_config": part}) == ours
+    with pytest.raises(ValueError, match="option only_at_the_top=3 is unknown"):
+        read(flat | {"only_at_the_top": 3, "text_config": part})
+
+
+def test_what_families_take_for_granted_about_rope():
+    assert read(qwen3_vl(rope_theta=5e6)).mrope_interleaved
+    assert read(qwen3_vl(rope_theta=5e6, mrope_interleaved=True)).rope_base == 5e6
+    with pytest.raises(ValueError, match="only mrope_interleaved=True is supported"):
+        read(qwen3_vl(rope_theta=5e6, mrope_interleaved=False))
+    with pytest.raises(ValueError, match="RoPE lacks 'rope_theta'"):
+        read(qwen3_vl())
+    for name in ("rope_theta", "rms_norm_eps"):
+        with pytest.raises(ValueError, match=f"lacks '{name}'"):
+            read(qwen2_5_vl(**{name: None}))
+    for name in ("rope_theta", "rms_norm_eps"):
+        assert read(QWEN2 | {name: None}) == read(QWEN2)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
+        (
+            {"rope_scaling": {"rope_type": "yarn"}, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+            "rope_scaling=.*yarn.* is not rope_parameters=.*Keep the one",
+        ),
         ({"architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2MoeForCausalLM is not supported.*Qwen2ForCausalLM"),
         ({"architectures": None, "model_type": "bert"}, "model_type='bert'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'.*'silu'"),
         ({"hidden_size": None}, "lacks 'hidden_size'"),
+        ({"num_hidden_layers": "2"}, "option of the wrong kind.*'str'"),
+        ({"rope_scaling": "yarn"}, "option of the wrong kind"),
+        ({"num_attention_heads": 0}, "a size that is 0"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
@@ -332,6 +398,26 @@ def as_quantized(directory):
 
 
 @pytest.mark.parametrize(
+    "entry",
+    [
+        {"shape": [2], "data_offsets": [0, "x"]},
+        {"shape": [2], "data_offsets": [-8, 0]},
+        {"shape": [0], "data_offsets": [0, 8]},
+        {"shape": [3], "data_offsets": [0, 8]},
+        {"shape": None, "data_offsets": [0, 8]},
+        {"shape": [2]},
+        7,
+    ],
+)
+def test_headers_that_make_no_sense(entry, tmp_path):
+    entry = entry | {"dtype": "F32"} if isinstance(entry, dict) else entry
+    header = json.dumps({"a": entry}).encode()
+    (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match="no sound safetensors file"):
+        read_header(tmp_path / SINGLE)
+
+
+@pytest.mark.parametrize(
     "damage, error, message",
     [
         (lambda d: cut(first_shard(d), 5), ValueError, "end within the header"),
@@ -380,6 +466,23 @@ def test_export_replaces_nothing_unasked_and_leaves_nothing_half_written(qwen2, 
     with pytest.raises(ValueError, match="'decoder/ends/embed/embedding' is nothing here"):
         hf.save_params(broken, tmp_path / "broken", source=qwen2, shard_bytes=10**9)
     assert {path.name for path in tmp_path.iterdir()} == {"qwen2", "out", "home"}
+
+
+def test_an_export_that_is_stopped_while_it_replaces_leaves_what_was_there(qwen2, tmp_path, monkeypatch):
+    params, out = load(qwen2), tmp_path / "out"
+    hf.save_params(params, out, source=qwen2, shard_bytes=10**9)
+    rename = pathlib.Path.rename
+
+    def stop(self, target):
+        if ".tmp-" in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        hf.save_params(params, out, source=qwen2, shard_bytes=9_000, overwrite=True)
+    assert contents(out) == contents(qwen2) and (out / SINGLE).exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"qwen2", "out"}
 
 
 def test_a_model_that_no_family_has_is_not_exported(qwen2, tmp_path):
