@@ -13,6 +13,7 @@ Axis letters, everywhere in the project:
 
 import dataclasses
 import enum
+from concurrent.futures import Future
 
 import numpy as np
 
@@ -137,7 +138,7 @@ class OpenResponse:
     logprobs: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))  # float32 [n]
     versions: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))  # int32 [n]
     stop: StopReason | None = None  # None while it is open
-    verdict: Verdict | None = None
+    verdict: Future[Verdict] | None = None  # on its way since it stopped
 
     def __len__(self) -> int:
         return len(self.tokens)

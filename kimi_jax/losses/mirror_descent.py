@@ -75,7 +75,7 @@ def surrogate_loss(
     Args:
         logprobs: float32 [R, T], log π_θ of the targets. Whatever stands where `batch.rows.loss_mask` is off, nan
             included, has no influence and gets gradient 0.
-        batch: see `types.RLBatch`; all of it is constant to the gradient.
+        batch: see `arrays.RLBatch`; all of it is constant to the gradient.
         tau: τ, a runtime value: changing it compiles nothing.
         form: which of the three; static.
 

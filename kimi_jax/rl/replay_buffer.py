@@ -1,19 +1,19 @@
 """The replay buffer: groups that are not complete yet, kept from one iteration to the next (k1.5 §2.6.2).
 
 In a checkpoint it is flat arrays: the tokens of all responses one after the other, how many each has, and what is known
-of each response and group. Prompts and pictures are not in it: they come from the problems.
+of each response and group. Prompts and pictures are not in it: they come from the problems. Nor are verdicts: who
+resumes asks for them again.
 """
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from kimi_jax.types import OpenGroup, OpenResponse, Outcome, StopReason, Verdict
+from kimi_jax.types import OpenGroup, OpenResponse, StopReason
 
 _STOPS = (None, *StopReason)
-_OUTCOMES = (None, *Outcome)
 _PER_TOKEN = {"tokens": np.int32, "logprobs": np.float32, "versions": np.int32}
-_PER_RESPONSE = {"serial": np.int64, "length": np.int64, "stop": np.int8, "outcome": np.int8, "formed": np.int8}
+_PER_RESPONSE = {"serial": np.int64, "length": np.int64, "stop": np.int8}
 _PER_GROUP = {"problem": np.int64, "born": np.int64, "members": np.int64}
 
 
@@ -35,13 +35,10 @@ class ReplayBuffer:
     def state(self) -> dict[str, np.ndarray]:
         """What a checkpoint must hold."""
         responses = [response for group in self.groups for response in group.responses]
-        outcomes = [response.verdict and response.verdict.outcome for response in responses]
         columns: dict[str, list] = {
             "serial": [response.serial for response in responses],
             "length": [len(response) for response in responses],
             "stop": [_STOPS.index(response.stop) for response in responses],
-            "outcome": [_OUTCOMES.index(outcome) for outcome in outcomes],
-            "formed": [response.verdict is None or response.verdict.well_formed for response in responses],
             "problem": [group.problem for group in self.groups],
             "born": [group.born for group in self.groups],
             "members": [len(group.responses) for group in self.groups],
@@ -63,7 +60,7 @@ class ReplayBuffer:
         return {name: np.zeros(sizes[kind], dtype) for kind, names in kinds for name, dtype in names.items()}
 
     def restore(self, state: Mapping[str, np.ndarray], *, problems: int) -> None:
-        """Takes over what `state` returned. Reasons of verdicts are not kept.
+        """Takes over what `state` returned.
 
         Raises ValueError when the arrays contradict each other, or name problems beyond the `problems` there are; the
         buffer is unchanged then.
@@ -81,9 +78,7 @@ class ReplayBuffer:
             "responses have other numbers of tokens than there are": (lengths < 0).any()
             or any(lengths.sum() != len(state[name]) for name in _PER_TOKEN),
             "it has problems that this run does not have": outside("problem", problems),
-            "it has unknown stop reasons or outcomes": outside("stop", len(_STOPS))
-            or outside("outcome", len(_OUTCOMES)),
-            "finished responses have no verdict": ((state["stop"] > 0) & (state["outcome"] == 0)).any(),
+            "it has unknown stop reasons": outside("stop", len(_STOPS)),
         }
         if wrong := [what for what, is_so in contradictions.items() if is_so]:
             raise ValueError(
@@ -92,10 +87,8 @@ class ReplayBuffer:
         responses = []
         for r, (end, length) in enumerate(zip(ends, lengths, strict=True)):
             tokens, logprobs, versions = (state[name][end - length : end].copy() for name in _PER_TOKEN)
-            outcome = _OUTCOMES[state["outcome"][r]]
-            verdict = Verdict(outcome, well_formed=bool(state["formed"][r])) if outcome else None
             stop = _STOPS[state["stop"][r]]
-            responses.append(OpenResponse(int(state["serial"][r]), tokens, logprobs, versions, stop, verdict))
+            responses.append(OpenResponse(int(state["serial"][r]), tokens, logprobs, versions, stop))
         groups, begin = [], 0
         for problem, born, count in zip(state["problem"], state["born"], members, strict=True):
             groups.append(OpenGroup(int(problem), int(born), responses[begin : begin + count]))

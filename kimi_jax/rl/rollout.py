@@ -4,7 +4,8 @@
                weights, and writing goes on with the noise that the uninterrupted response would have had
     begin      k responses to each new problem
     judge      a response as soon as it is finished, in worker processes, while others are still being written
-    release    groups whose k responses are finished; the others stay in the buffer
+    release    groups whose k responses are finished, once they are judged; the others stay in the buffer, and nobody
+               waits for their verdicts
 
 An iteration ends when every response has finished or has used up its `segment_tokens`, or, with `enough`, as soon as so
 many groups are complete. The report leaves open how many of the old tokens are trained on: `max_segment_lag` of
@@ -13,6 +14,7 @@ many groups are complete. The report leaves open how many of the old tokens are 
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -85,11 +87,15 @@ def collect(
         Request(encoded[group.problem], response.serial, min(limit, engine.max_tokens - len(response)), response.tokens)
         for group, response in work
     ]
-    tickets: dict[int, Future[Verdict]] = {}  # by serial
     complete = [group for group in buffer.groups if group.complete]  # in the order in which they became so
 
     def judge(group: OpenGroup, response: OpenResponse) -> None:
-        tickets[response.serial] = submit(problems[group.problem], engine.decode_text(response.tokens))
+        response.verdict = submit(problems[group.problem], engine.decode_text(response.tokens))
+
+    for group in buffer.groups:
+        for response in group.responses:
+            if response.stop and not response.verdict:  # it comes from a checkpoint
+                judge(group, response)
 
     # --- sample, and judge what is finished meanwhile
     flight = engine.start(params, requests, run_key=run_key, settings=settings)
@@ -113,12 +119,10 @@ def collect(
     sampled = time.perf_counter()
 
     # --- release
-    finished = [r for group in buffer.groups for r in group.responses if r.serial in tickets]
-    for response, verdict in zip(finished, _verdicts([tickets[r.serial] for r in finished]), strict=True):
-        response.verdict = verdict
     released = complete[:enough]
     buffer.groups = [group for group in buffer.groups if not any(group is other for other in released)]
-    groups = [_rollout_group(group, problems, encoded, engine) for group in released]
+    verdicts = iter(_verdicts([response.verdict for group in released for response in group.responses]))
+    groups = [_rollout_group(group, verdicts, problems, encoded, engine) for group in released]
     seconds = {"seconds_rollout": sampled - begin, "seconds_verification": time.perf_counter() - sampled}
     return Collected(
         [group.problem for group in released], groups, seconds | _metrics(buffer, groups, flight, iteration)
@@ -145,20 +149,20 @@ def _extend(response: OpenResponse, segment: Segment, iteration: int, max_tokens
     response.stop = None if only_paused else segment.stop or StopReason.LENGTH
 
 
-def _rollout_group(group: OpenGroup, problems, encoded, engine: Engine) -> RolloutGroup:
+def _rollout_group(group: OpenGroup, verdicts, problems, encoded, engine: Engine) -> RolloutGroup:
     rollouts = tuple(
         Rollout(r.serial, r.tokens, r.logprobs, r.versions, r.stop, engine.decode_text(r.tokens))
         for r in group.responses
     )
-    return RolloutGroup(
-        problems[group.problem], encoded[group.problem], rollouts, tuple(r.verdict for r in group.responses)
-    )
+    own = tuple(itertools.islice(verdicts, len(rollouts)))
+    return RolloutGroup(problems[group.problem], encoded[group.problem], rollouts, own)
 
 
 def _metrics(buffer: ReplayBuffer, groups: list[RolloutGroup], flight, iteration: int) -> dict[str, float]:
-    """staleness: iterations since a released token was sampled, mean. Lengths are in tokens, means over responses."""
+    """staleness: iterations since a released token was sampled, mean. Lengths are in tokens, means over responses; a
+    mean of nothing is nan."""
     waiting = buffer.open_responses
-    versions = np.concatenate([np.zeros(0), *(rollout.versions for group in groups for rollout in group.rollouts)])
+    ages = [iteration - rollout.versions for group in groups for rollout in group.rollouts]
     lengths = [len(rollout) for group in groups for rollout in group.rollouts]
     drawn = sum(int(counts.sum()) for _, counts in flight.trace)
     continued = [request for request in flight.requests if len(request.prefix)]
@@ -170,12 +174,16 @@ def _metrics(buffer: ReplayBuffer, groups: list[RolloutGroup], flight, iteration
         "buffer_responses": len(waiting),
         "buffer_tokens": sum(map(len, waiting)),
         "buffer_age": max((iteration - group.born for group in buffer.groups), default=0),
-        "staleness": float(iteration - versions.mean()) if len(versions) else 0.0,
-        "tokens_released": float(np.mean(lengths)) if lengths else 0.0,
-        "tokens_open": float(np.mean([len(r) for r in waiting])) if waiting else 0.0,
+        "staleness": _mean(np.concatenate([np.zeros(0), *ages])),
+        "tokens_released": _mean(lengths),
+        "tokens_open": _mean([len(response) for response in waiting]),
         "tokens_per_second": drawn / flight.seconds if flight.seconds else 0.0,
         "slot_use": drawn / (flight.steps * flight.engine.rows) if flight.steps else 0.0,
         "prefilled_tokens": flight.prefilled_tokens,
         "seconds_prefill": flight.prefill_seconds,
         "seconds_reprefill": flight.prefill_seconds * reread / max(flight.prefilled_tokens, reread, 1),
     }
+
+
+def _mean(values) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")

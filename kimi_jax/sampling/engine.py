@@ -60,11 +60,11 @@ class Engine:
                 f"sampling.rows={self.rows} must be a multiple of {self.shards}, the devices that rows are split over "
                 "(mesh.data x mesh.fsdp)."
             )
-        if self.shard_pages <= self.row_pages:
+        if self.shard_pages <= self.row_pages + 1:
             raise ValueError(
                 f"sampling.pages={self.pages} cannot hold one response of full length: that takes {self.row_pages} "
-                f"pages of {self.page} tokens, one more if it shares its prompt, on each of {self.shards} shards of "
-                "rows. Set sampling.pages to at least "
+                f"pages of {self.page} tokens, and one more if it shares its prompt, on each of {self.shards} shards "
+                "of rows. Set sampling.pages to at least "
                 f"{(self.row_pages + 1) * self.shards}, or None for enough for all rows."
             )
 
@@ -131,12 +131,6 @@ class Engine:
                 raise ValueError(
                     f"A budget of {request.budget} tokens for {name} is outside 1..{left} "
                     f"(sampling.max_tokens={self.max_tokens}, {len(request.prefix)} of them written)."
-                )
-            pages = -(-(len(request.prompt.tokens) + len(request.prefix) + request.budget) // self.page) + 1
-            if pages >= self.shard_pages:
-                raise ValueError(
-                    f"{name} may need {pages} pages of {self.page} tokens, and its shard of rows has "
-                    f"{self.shard_pages - 1}. Raise sampling.pages={self.pages} to at least {pages * self.shards}."
                 )
         return Flight(self, params, requests, run_key, settings, stop_strings)
 

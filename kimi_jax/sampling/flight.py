@@ -285,8 +285,11 @@ class Flight:
         """How many of the newest n tokens come after the one that completes a stop string; None without one."""
         text = self.engine.decode_text
         written = np.concatenate([self.requests[row.index].prefix, *row.tokens])
-        # A character takes at most 4 tokens, one per byte.
-        tail = written[max(0, len(written) - n - 4 * max(map(len, self._stop_strings))) :]
+        before, longest = len(written) - n, max(map(len, self._stop_strings))
+        reach = 4 * longest  # a character takes at most 4 tokens, one per byte, and those without text between them
+        while reach < before and len(text(written[before - reach : before])) < longest + 3:  # 3: of one cut in two
+            reach *= 2
+        tail = written[max(0, before - reach) :]
         if not any(stop in text(tail) for stop in self._stop_strings):
             return None
         for surplus in range(n - 1, -1, -1):

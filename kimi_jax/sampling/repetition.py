@@ -119,12 +119,13 @@ def refresh(state: RepetitionState, rows: jax.Array, tails: jax.Array, settings:
     W = state.recent.shape[1]
     if W == 0:
         return state
-    fresh = jax.tree.map(lambda x: x[0], start(1, window=W))
-
-    def of_one(tail):  # a loop over rows and not a batch: it takes W · history integers, and nothing where all is new
-        return jax.lax.cond(jnp.any(tail != NOTHING), lambda: _after(tail, W, settings), lambda: fresh)
-
-    return jax.tree.map(lambda old, new: old.at[rows].set(new, mode="drop"), state, jax.lax.map(of_one, tails))
+    give = lambda state, rows, new: jax.tree.map(lambda old, new: old.at[rows].set(new, mode="drop"), state, new)  # noqa: E731
+    state = give(state, rows, start(rows.shape[0], window=W))
+    begun = jnp.any(tails != NOTHING, axis=1)
+    order = jnp.argsort(~begun)
+    # One after the other, as each takes W · history integers.
+    of_one = lambda i, state: give(state, rows[order[i]], _after(tails[order[i]], W, settings))  # noqa: E731
+    return jax.lax.fori_loop(0, jnp.sum(begun), of_one, state)
 
 
 def _limits(W, settings):

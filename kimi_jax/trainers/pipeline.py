@@ -7,6 +7,7 @@ What a workdir holds:
     checkpoints/sft/    checkpoints/rl/
     sft_metrics.jsonl   metrics.jsonl (one object per RL iteration)
     summary.json        curves.png        report.html
+    verdicts.jsonl      every verdict of RL, with all that judging again needs
     eval_sft.json       seconds.json (so far, over all attempts)
 """
 
@@ -25,8 +26,8 @@ import ml_collections
 from kimi_jax import evals, report
 from kimi_jax.sampling.logits import SamplingSettings
 from kimi_jax.trainers import config as config_lib
-from kimi_jax.trainers import dpo, reward_models, rl, supervised
-from kimi_jax.trainers.interrupt import StopRequest
+from kimi_jax.trainers import dpo, origin, reward_models, rl, supervised
+from kimi_jax.trainers.interrupt import Interrupted, StopRequest
 from kimi_jax.trainers.setup import EVALUATION, REPORT, Setup, build
 from kimi_jax.training import distributed
 from kimi_jax.training.metrics import MetricsWriter
@@ -48,6 +49,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
     clock = _Clock(workdir / "seconds.json", started)
     setup = build(config, workdir)
     check_prompts(setup)
+    if config_lib.has_rl(config):
+        rl.make_prompt_sampler(setup)  # it may have too few problems
     problems = f"{len(setup.train)} train and {len(setup.heldout)} held-out problems"
     if config.data.mixture:
         problems = f"{problems}, a mixture of {', '.join(config.data.mixture)}"
@@ -66,7 +69,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
         judge = load_judge(setup)
         params = _supervised(setup, stop) if config.sft.steps else setup.init_params()
         sft = _stored(workdir / "eval_sft.json", functools.partial(full_evaluation, setup, params))
-        if not config.rl.iterations:
+        if not config_lib.has_rl(config):
             summary = {"seconds": round(clock.seconds(), 1), "device": device_name(), "seed": config.seed, "sft": sft}
             stage = "dpo" if config.dpo.pairs else "sft"
             summary["last"] = MetricsWriter(workdir / f"{stage}_metrics.jsonl").read()[-1]
@@ -74,6 +77,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict:
                 write_json(workdir / "summary.json", summary)
                 print(json.dumps(summary))
             return summary
+        if stop.requested:
+            raise Interrupted("Stopped before RL; what comes before it is saved")
         sft_groups = report_groups(setup, params)
         params = rl.train(setup, params, stop, judge)
         summary = {
@@ -116,14 +121,15 @@ def prepare_workdir(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
             differences = _differences(json.loads(path.read_text()), resolved)
-            if differences and (workdir / "checkpoints").exists():
+            if differences and origin.has_checkpoint(workdir):
                 raise ValueError(
                     f"{workdir} holds a run of another config:\n  "
                     + "\n  ".join(f"{name}: there {a!r}, now {b!r}" for name, (a, b) in differences.items())
                     + "\nUse the same settings to resume it, or another --workdir."
                 )
             if differences:  # nothing is trained yet but a tokenizer, on what may be other problems now
-                (workdir / "tokenizer.model").unlink(missing_ok=True)
+                for name in ("tokenizer.model", "eval_sft.json"):
+                    (workdir / name).unlink(missing_ok=True)
                 shutil.rmtree(workdir / "hf", ignore_errors=True)  # the side files of what may be another model
         distributed.meet("config compared")
         if distributed.is_first():
@@ -169,8 +175,7 @@ def full_evaluation(setup: Setup, params: dict) -> dict:
 
 def report_groups(setup: Setup, params: dict) -> list[RolloutGroup]:
     """Responses to the same few held-out problems, for a person to read."""
-    count = setup.config.eval.report_groups * len({problem.kind for problem in setup.heldout})
-    problems = setup.heldout[:count]
+    problems = supervised.first_per_kind(setup.heldout, setup.config.eval.report_groups)
     return evals.sample_groups(
         setup.engine,
         setup.to_rollout(params, None),

@@ -84,7 +84,10 @@ def check_problems(problems: Sequence[Problem], options: ml_collections.ConfigDi
     for problem in problems:
         if problem.task in own:
             continue
-        judge = get_verifier(problem.task)
+        try:
+            judge = get_verifier(problem.task)
+        except ValueError as error:
+            raise ValueError(f"Problem {problem.id!r}: {error}") from None
         if not from_files:
             continue
         try:

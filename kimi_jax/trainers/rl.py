@@ -14,11 +14,13 @@ on Ï„; an iteration is split into several updates, because with one update the Ï
 import dataclasses
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from kimi_jax import evals
@@ -38,6 +40,7 @@ from kimi_jax.trainers import rewards as rewards_lib
 from kimi_jax.trainers.interrupt import Interrupted, StopRequest
 from kimi_jax.trainers.objectives import Objective
 from kimi_jax.trainers.setup import EVALUATION, ROLLOUT, Setup
+from kimi_jax.trainers.supervised import first_per_kind
 from kimi_jax.training.checkpoint import Checkpointer
 from kimi_jax.training.metrics import MetricsWriter, Stopwatch, peak_memory, progress
 from kimi_jax.training.step import Stepper, check_finite
@@ -73,16 +76,8 @@ def train(setup: Setup, params: dict, stop: StopRequest, judge: Callable[[dict],
     settings = SamplingSettings.of(temperature=config.temperature, end_ids=setup.chat.end_ids)
     prompts = setup.prompts(setup.train)
     kinds = sorted({problem.kind for problem in setup.train})
-    prompt_sampler = PromptSampler(
-        np.array([problem.difficulty for problem in setup.train]),
-        seed=setup.config.seed,
-        curriculum=config.curriculum,
-        curriculum_iterations=config.curriculum_iterations,
-        hard_difficulty=config.hard_difficulty,
-        prior_success=config.prior_success,
-        prior_visits=config.prior_visits,
-        floor=config.priority_floor,
-    )
+    prompt_sampler = make_prompt_sampler(setup)
+    ahead = _ahead(config)
 
     # --- state: from SFT, or from the last checkpoint
     serial = 0
@@ -109,6 +104,7 @@ def train(setup: Setup, params: dict, stop: StopRequest, judge: Callable[[dict],
             }
             _, saved, meta = checkpoints.restore(like)
             state, serial = saved["state"], meta["serial"]
+            alarm = audit.UngradableAlarm(**meta["alarm"])
             prompt_sampler.restore(saved["prompts"])
             buffer.restore(saved["buffer"], problems=len(setup.train))
         else:
@@ -125,7 +121,6 @@ def train(setup: Setup, params: dict, stop: StopRequest, judge: Callable[[dict],
                 rollout_params = jax.block_until_ready(setup.to_rollout(state.params, rollout_params))
 
             # --- rollout: as many new problems as an iteration trains on, and at first what is to be ahead of it
-            ahead = round(config.oversubscribe * config.problems)
             chosen = prompt_sampler.draw(iteration, config.problems + max(ahead - len(buffer.groups), 0))
             collected = collect(
                 buffer,
@@ -207,7 +202,8 @@ def train(setup: Setup, params: dict, stop: StopRequest, judge: Callable[[dict],
             last = done == config.iterations
             stopping = stop.requested  # looked at once: a request that comes later waits for the next iteration
             if config.eval_every and (done % config.eval_every == 0 or last):
-                metrics |= _evaluate(setup, state.params)
+                rollout_params = setup.to_rollout(state.params, rollout_params)
+                metrics |= _evaluate(setup, rollout_params)
             if scoring.audit:
                 verdicts.write_all(done, audit.records(groups, rewards, components, failures))
             writer.write(done, {"iteration": done} | metrics)
@@ -215,12 +211,35 @@ def train(setup: Setup, params: dict, stop: StopRequest, judge: Callable[[dict],
             bar.update(1)
             if done % config.checkpoint_every == 0 or last or stopping:
                 arrays = {"state": state, "prompts": prompt_sampler.state(), "buffer": buffer.state()}
-                meta = {"serial": serial, "buffer": buffer.sizes()}
+                meta = {"serial": serial, "buffer": buffer.sizes(), "alarm": dataclasses.asdict(alarm)}
                 checkpoints.save(done, arrays, meta, {"accuracy": metrics["accuracy"]}, wait=last or stopping)
             if stopping and not last:
                 raise Interrupted(f"RL stopped and saved at iteration {done} of {config.iterations}")
         bar.close()
     return state.params
+
+
+def make_prompt_sampler(setup: Setup) -> PromptSampler:
+    """Over the training problems. Raises ValueError if an iteration would draw more than the curriculum leaves it."""
+    config = setup.config.rl
+    sampler = PromptSampler(
+        np.array([problem.difficulty for problem in setup.train]),
+        seed=setup.config.seed,
+        curriculum=config.curriculum,
+        curriculum_iterations=config.curriculum_iterations,
+        hard_difficulty=config.hard_difficulty,
+        prior_success=config.prior_success,
+        prior_visits=config.prior_visits,
+        floor=config.priority_floor,
+    )
+    sampler.draw(0, config.problems + _ahead(config))  # the most, from all problems or from the hard ones
+    sampler.draw(config.iterations - 1, config.problems)
+    return sampler
+
+
+def _ahead(config: ml_collections.ConfigDict) -> int:
+    """How many problems are open beyond those that an iteration trains on."""
+    return round(config.oversubscribe * config.problems)
 
 
 def _update(
@@ -277,15 +296,18 @@ def _permuted(advantages: np.ndarray, rng) -> np.ndarray:
 
 
 def _metrics(groups, rewards, components, updates, names, *, oldest_version: int, kinds: list[str]) -> dict:
-    """What an iteration was like. Means over responses unless the name says otherwise; nan without any."""
+    """What an iteration was like. Means over responses unless the name says otherwise.
+
+    nan where there is nothing to measure: no response, or no update.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     verdicts = [verdict.outcome for group in groups for verdict in group.verdicts]
     outcomes = [[verdict.outcome == Outcome.CORRECT for verdict in group.verdicts] for group in groups]
     of_kind = lambda kind: [group.problem.kind == kind for group in groups]  # noqa: E731
     masked = [rollout.versions < oldest_version for rollout in rollouts]
     total = lambda name: sum(float(update[name]) for update in updates)  # noqa: E731
-    highest = lambda name: max((float(update[name]) for update in updates), default=0.0)  # noqa: E731
-    tokens = max(total("tokens"), 1.0)
+    highest = lambda name: max((float(update[name]) for update in updates), default=math.nan)  # noqa: E731
+    tokens = total("tokens") or math.nan
     return {
         "reward": _mean([r for group in rewards for r in group if np.isfinite(r)]),
         **{
@@ -308,13 +330,13 @@ def _metrics(groups, rewards, components, updates, names, *, oldest_version: int
         "kl": total("kl") / tokens,
         "logprob_gap": total("logprob_gap") / tokens,
         "max_logprob_gap": highest("max_logprob_gap"),
-        "first_log_ratio": float(updates[0]["max_log_ratio"]) if updates else 0.0,
+        "first_log_ratio": float(updates[0]["max_log_ratio"]) if updates else math.nan,
         "max_log_ratio": highest("max_log_ratio"),
-        "regularizer": total("regularizer"),
+        "regularizer": total("regularizer") if updates else math.nan,
         **({"clipped": total("clipped") / tokens} if updates and "clipped" in updates[0] else {}),
-        "grad_norm": total("grad_norm") / max(len(updates), 1),
-        "first_update_norm": float(updates[0]["update_norm"]) if updates else 0.0,
-        "learning_rate": float(updates[-1]["learning_rate"]) if updates else 0.0,
+        "grad_norm": _mean([float(update["grad_norm"]) for update in updates]),
+        "first_update_norm": float(updates[0]["update_norm"]) if updates else math.nan,
+        "learning_rate": float(updates[-1]["learning_rate"]) if updates else math.nan,
         "updates": len(updates),
     }
 
@@ -323,19 +345,21 @@ def _mean(values) -> float:
     return float(np.mean(values)) if len(values) else float("nan")
 
 
-def _evaluate(setup: Setup, params) -> dict:
+def _evaluate(setup: Setup, rollout_params: dict) -> dict:
     """Sampled accuracy and length per kind on the first held-out problems."""
-    problems = setup.heldout[: 2 * setup.config.rl.eval_problems]
-    kinds = [problem.kind for problem in problems]
-    results = evals.evaluate(
+    problems = first_per_kind(setup.heldout, setup.config.rl.eval_problems)
+    groups = evals.sample_groups(
         setup.engine,
-        setup.to_rollout(params, None),
+        rollout_params,
         problems,
         list(setup.prompts(problems)),
-        kinds=kinds,
-        end_ids=setup.chat.end_ids,
+        k=1,
+        settings=SamplingSettings.of(temperature=1.0, end_ids=setup.chat.end_ids),
         key=setup.key(EVALUATION),
         judge=setup.judge,
     )
-    names = {"accuracy": "accuracy", "tokens": "mean_tokens"}
-    return {f"eval_{kind}_{ours}": r[name] for kind, r in results.items() for ours, name in names.items()}
+    found: dict[str, float] = {}
+    for kind in dict.fromkeys(problem.kind for problem in problems):
+        own = [group for group in groups if group.problem.kind == kind]
+        found |= {f"eval_{kind}_accuracy": evals.accuracy(own), f"eval_{kind}_tokens": evals.mean_tokens(own)}
+    return found

@@ -7,41 +7,40 @@ import pytest
 
 from kimi_jax.rl.replay_buffer import ReplayBuffer
 from kimi_jax.training.checkpoint import Checkpointer
-from kimi_jax.types import OpenGroup, OpenResponse, Outcome, StopReason, Verdict
+from kimi_jax.types import OpenGroup, OpenResponse, StopReason
 
 PROBLEMS = 97
 
 
 def random_buffer(seed=0, sizes=(3, 5, 2, 3)) -> ReplayBuffer:
-    """Every stop reason and outcome, responses without tokens, groups that are complete and that are not."""
+    """Every stop reason, responses without tokens, groups that are complete and that are not."""
     rng = np.random.default_rng(seed)
     buffer = ReplayBuffer()
-    stops, outcomes = [None, *StopReason], list(Outcome)
+    stops = [None, *StopReason]
     serial = 2**40  # a long run
     for i, size in enumerate(sizes):
         responses = []
         for j in range(size):
             n = 0 if (i, j) == (1, 2) else int(rng.integers(1, 13))
             stop = stops[(i + 2 * j) % len(stops)] if i != 2 else StopReason.END
-            verdict = Verdict(outcomes[(i + j) % 3], "a reason") if stop else None
             tokens = rng.integers(0, 152_000, n).astype(np.int32)
             logprobs = -rng.exponential(size=n).astype(np.float32)
             versions = np.sort(rng.integers(0, 1_000, n)).astype(np.int32)
-            responses.append(OpenResponse(serial, tokens, logprobs, versions, stop, verdict))
+            responses.append(OpenResponse(serial, tokens, logprobs, versions, stop))
             serial += 1
         buffer.groups.append(OpenGroup(int(rng.integers(PROBLEMS)), int(rng.integers(1_000)), responses))
     return buffer
 
 
 def facts(buffer: ReplayBuffer) -> list:
-    """All that must survive; of a verdict, its outcome."""
+    """All that must survive."""
     return [
         (
             group.problem,
             group.born,
             [
                 (
-                    *(r.serial, r.stop, r.verdict and r.verdict.outcome),
+                    *(r.serial, r.stop, r.verdict),
                     *((x.dtype, x.tolist()) for x in (r.tokens, r.logprobs, r.versions)),
                 )
                 for r in group.responses
@@ -107,7 +106,7 @@ def test_the_state_is_flat_and_small():
     assert {name: (x.shape, x.dtype) for name, x in state.items()} == {
         name: (x.shape, x.dtype) for name, x in buffer.like(sizes).items()
     }
-    assert sum(x.nbytes for x in state.values()) == 12 * sizes["tokens"] + 19 * 13 + 24 * 4
+    assert sum(x.nbytes for x in state.values()) == 12 * sizes["tokens"] + 17 * 13 + 24 * 4
 
 
 def changed(state, **changes):
@@ -128,9 +127,8 @@ def with_first(value):
         (dict(length=lambda x: x[::-1] * 0 + [-1, *x[1:-1], x[0] + x[-1] + 1]), "other numbers of tokens"),
         (dict(problem=with_first(PROBLEMS)), "it has problems that this run does not have"),
         (dict(problem=with_first(-1)), "it has problems that this run does not have"),
-        (dict(stop=with_first(5)), "unknown stop reasons or outcomes"),
-        (dict(outcome=with_first(-1)), "unknown stop reasons or outcomes"),
-        (dict(outcome=lambda x: x * 0), "finished responses have no verdict"),
+        (dict(stop=with_first(5)), "unknown stop reasons"),
+        (dict(stop=with_first(-1)), "unknown stop reasons"),
     ],
 )
 def test_a_buffer_that_contradicts_itself_or_the_run_is_refused(changes, told):
@@ -159,7 +157,7 @@ def test_a_buffer_of_another_layout_is_refused(tmp_path):
 
 
 def test_the_fields_of_a_response_are_all_saved():
-    """A new field would be lost at a resume; this test is where to think of it."""
+    """A new field would be lost at a resume; this test is where to think of it. Verdicts are asked for again."""
     assert {f.name for f in dataclasses.fields(OpenResponse)} == {
         *("serial", "tokens", "logprobs", "versions", "stop", "verdict")
     }

@@ -193,7 +193,7 @@ def test_a_prompt_that_only_waits_gives_its_pages_away(monkeypatch):
     prompts = [random_prompt(np.random.default_rng(i), 17) for i in range(2)]
     requests = requests_for(prompts * 3, [9] * 6)
     engine = engine_on(rows=3, page=4)
-    flight, _ = start(monkeypatch, dataclasses.replace(engine, pages=engine.row_pages), requests)
+    flight, _ = start(monkeypatch, dataclasses.replace(engine, pages=engine.row_pages + 1), requests)
     check(flight, requests)
     assert flight.prefilled_tokens == 6 * 16
 
@@ -278,6 +278,24 @@ def test_stop_strings_end_with_the_token_that_completes_them(monkeypatch):
             assert (segment.stop == StopReason.STRING) == any(string in text for string in strings)
             assert not any(string in text.rsplit(" ", 1)[0] for string in strings) or " " not in text
     assert {s.stop for s in found.values()} == {StopReason.STRING, StopReason.END, StopReason.LENGTH}
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_stop_strings_are_found_across_tokens_without_text_and_within_characters(monkeypatch, chunk):
+    monkeypatch.setattr("tests.sampling.ledger.END", ())
+    pieces = [b"a", *(bytes([byte]) for byte in "é日".encode()), *[b""] * (CONFIG.vocab_size - 6)]  # most are special
+    decode_text = lambda tokens: b"".join(pieces[token] for token in tokens).decode(errors="replace")  # noqa: E731
+    requests = requests_for([random_prompt(np.random.default_rng(i), 3) for i in range(60)], [61] * 60)
+    engine = engine_on(rows=60, chunk=chunk, max_tokens=61, decode_text=decode_text)
+    plain, _ = start(monkeypatch, engine, requests)
+    whole = {index: segment.tokens for index, segment in fly(plain).items()}
+    strings, stopped = ("aa", "aé"), 0
+    flight, _ = start(monkeypatch, engine, requests, stop_strings=strings)
+    for index, segment in fly(flight).items():
+        complete = [n for n in range(1, 62) if any(s in decode_text(whole[index][:n]) for s in strings)]
+        assert segment.tokens.tolist() == whole[index][: min([61, *complete])].tolist()
+        stopped += segment.stop == StopReason.STRING
+    assert 5 < stopped < 55
 
 
 def test_peek_and_close_show_what_is_there(monkeypatch):

@@ -68,7 +68,23 @@ def contents(directory: pathlib.Path) -> dict[str, bytes]:
         ({"data__image_tasks": ("pips", "text_image")}, r"multiples of the number of image tasks, 2"),
         ({"sft__examples_per_kind": 31}, r"sft\.examples_per_kind=31 exceeds config\.data\.train_per_kind=29"),
         ({"model__dtype": "float8"}, r"model\.dtype='float8' must be one of float32, bfloat16, float16"),
-        ({"rl__tau": 0.0}, r"rl\.tau=0\.0"),
+        ({"rl__tau": 0.0}, r"rl\.tau=0\.0 must be positive"),
+        ({"rl__temperature": float("nan")}, r"rl\.temperature=nan must be positive"),
+        ({"rl__optimizer__clip_norm": 0.0}, r"rl\.optimizer\.clip_norm=0\.0 must be positive"),
+        ({"rl__optimizer__name": "adamw"}, r"rl\.optimizer\.name='adamw' .* Did you mean 'adam'"),
+        ({"rl__optimizer__schedule": "cosin"}, r"rl\.optimizer\.schedule='cosin' .* Did you mean 'cosine'"),
+        ({"rl__curriculum": "hard"}, r"rl\.curriculum='hard' .* Did you mean 'hard_after'"),
+        ({"rl__checkpoint_every": 0}, r"rl\.checkpoint_every=0 must be at least 1"),
+        ({"rl__keep_last": 0}, r"rl\.keep_last=0 must be at least 1"),
+        ({"sft__eval_every": 0}, r"sft\.eval_every=0 must be at least 1"),
+        ({"seed": -1}, r"seed=-1 must be at least 0"),
+        ({"rl__oversubscribe": float("nan")}, r"rl\.oversubscribe=nan must be at least 0"),
+        (
+            {"data__text_tasks": ("chain", "chain"), "data__train_per_kind": 30, "data__heldout_per_kind": 10},
+            "names a task twice",
+        ),
+        ({"sft__steps": 0, "rl__iterations": 0}, "there is nothing to do"),
+        ({"sft__steps": 0, "reward_model__kind": "chain_of_thought"}, "reward model: there is nothing to do"),
         ({"rl__segment_tokens": 0}, r"rl\.segment_tokens=0 must be at least 1"),
         ({"rl__max_segment_lag": -1}, r"rl\.max_segment_lag=-1 must be at least 0"),
         ({"rl__max_age": -1}, r"rl\.max_age=-1 must be at least 0"),
@@ -108,6 +124,11 @@ def test_a_misspelt_key(tmp_path, not_even_built):
         ({"model__size": "huge"}, "Choose one of"),
         ({"model__attention": "fast"}, "'auto' or one of"),
         ({"sampling__repetition__repeats": 1}, r"repetition repeats=1 must lie in 2\.\.1000"),
+        ({"rl__curriculum": "hard_after", "rl__hard_difficulty": 9}, "the hardest problem has difficulty 3"),
+        (
+            {"rl__curriculum": "hard_after", "rl__curriculum_iterations": 9, "rl__problems": 20},
+            "Cannot draw 20 distinct problems in iteration 9: curriculum 'hard_after' has 18 of 58",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_data_or_the_machine(changes, told, tmp_path, nothing_expensive):
@@ -131,7 +152,7 @@ def test_a_workdir_that_cannot_be_written_to(below, tmp_path, not_even_built):
 
 def test_a_workdir_of_another_config(tmp_path, not_even_built):
     pipeline.prepare_workdir(miniature.get_config(), tmp_path)
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/sft/4").mkdir(parents=True)
     before = contents(tmp_path)
     told = r"another config:\n  rl\.tau: there 0\.\d+, now 0\.7\nUse the same settings .* another --workdir"
     with pytest.raises(ValueError, match=told):
@@ -140,13 +161,17 @@ def test_a_workdir_of_another_config(tmp_path, not_even_built):
     pipeline.prepare_workdir(config_with(rl__iterations=99), tmp_path)  # a longer run of the same is allowed
 
 
-def test_before_training_another_config_gets_its_own_tokenizer(tmp_path):
+def test_before_anything_is_saved_another_config_begins_anew(tmp_path):
+    """Such as one with less memory or a lower rate, which a first attempt asked for."""
     pipeline.prepare_workdir(miniature.get_config(), tmp_path)
-    (tmp_path / "tokenizer.model").write_text("of other problems")
+    made = [tmp_path / "tokenizer.model", tmp_path / "eval_sft.json"]
+    for path in made:
+        path.write_text("of other problems, or another model")
+    (tmp_path / "checkpoints/sft/4.orbax-checkpoint-tmp").mkdir(parents=True)  # a save that was not finished
     pipeline.prepare_workdir(miniature.get_config(), tmp_path)
-    assert (tmp_path / "tokenizer.model").exists()
+    assert all(path.exists() for path in made)
     pipeline.prepare_workdir(config_with(seed=7), tmp_path)
-    assert not (tmp_path / "tokenizer.model").exists()
+    assert not any(path.exists() for path in made)
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 7
 
 

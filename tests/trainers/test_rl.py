@@ -5,6 +5,8 @@ from all sides: what went into each update, and what was logged, against what th
 import dataclasses
 import json
 import pathlib
+import shutil
+import types
 from typing import Any
 
 import jax
@@ -14,10 +16,11 @@ import pytest
 from kimi_jax import tasks
 from kimi_jax.rewards import audit
 from kimi_jax.rewards.components import shaped_rewards
+from kimi_jax.tasks.base import make_problems
 from kimi_jax.trainers import pipeline, rl, setup
 from kimi_jax.trainers.interrupt import StopRequest
 from kimi_jax.training.checkpoint import Checkpointer
-from kimi_jax.types import Outcome, StopReason
+from kimi_jax.types import Outcome, StopReason, Verdict
 from scripts import replay_verdicts
 from tests.trainers import miniature, stubborn_judge
 
@@ -32,13 +35,15 @@ CHANGES = {
     "sampling.repetition.min_tokens": 1,
     "sampling.repetition.repeats": 2,
     "rl.iterations": 6,
+    "rl.eval_every": 4,
+    "rl.eval_problems": 3,
     "rl.segment_tokens": 10,
     "rl.max_segment_lag": LAG,
     "rewards.weights.repetition": PENALTY,
     "rl.permute_advantages": False,
     "rewards.workers": 1,
     "rewards.verifiers": (f"chain={stubborn_judge.__name__}:verify",),
-    "rewards.deadline_s": 0.7,
+    "rewards.deadline_s": 1.5,
 }
 
 
@@ -47,7 +52,8 @@ class Iteration:
     """What was handed from one part of the loop to the next."""
 
     groups: list = dataclasses.field(default_factory=list)
-    waiting: list = dataclasses.field(default_factory=list)  # of the buffer after the rollout, and verdicts there
+    waiting: list = dataclasses.field(default_factory=list)  # (group, response) of the buffer after the rollout
+    copies: list = dataclasses.field(default_factory=list)  # previous rollout copies that hand-overs were given
     rewards: list = dataclasses.field(default_factory=list)
     minibatches: list = dataclasses.field(default_factory=list)
     before: Any = None  # parameters
@@ -79,7 +85,8 @@ def run(tmp_path_factory):
 
     def collected(args, kwargs, result):
         seen.append(Iteration(groups=result.groups))
-        seen[-1].waiting = [(r.serial, r.verdict) for group in args[0].groups for r in group.responses]
+        seen[-1].waiting = [(group, r) for group in args[0].groups for r in group.responses if r.stop]
+        seen[-1].copies = [handed_over.pop() for _ in range(len(handed_over))]
 
     def built(args, kwargs, result):
         seen[-1].rewards, seen[-1].minibatches = args[1], result
@@ -90,6 +97,13 @@ def run(tmp_path_factory):
         config.update_from_flattened_dict(CHANGES)
         pipeline.prepare_workdir(config, workdir)
         here = setup.build(config, workdir)
+        handed_over, to_rollout = [], here.to_rollout
+
+        def hand_over(params, previous):
+            handed_over.append(previous)
+            return to_rollout(params, previous)
+
+        here = dataclasses.replace(here, to_rollout=hand_over)
         spy("collect", collected)
         spy("build_minibatches", built)
         update = rl._update
@@ -106,7 +120,7 @@ def run(tmp_path_factory):
         rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         for iteration, row in zip(seen, rows, strict=True):
             iteration.metrics = row
-        yield here, seen
+        yield here, list(seen)  # as it is now: the spies stay
 
 
 def share(values) -> float:
@@ -124,7 +138,9 @@ def test_an_iteration_without_a_complete_group_changes_nothing_and_the_run_goes_
         same = jax.tree.map(lambda a, b: bool((a == b).all()), iteration.before, iteration.after)
         assert all(jax.tree.leaves(same)) == (not iteration.groups)
         assert iteration.metrics["groups"] == len(iteration.groups)
-        assert (iteration.metrics["updates"] > 0) == (iteration.metrics["learning_rate"] > 0) == bool(iteration.groups)
+        assert (iteration.metrics["updates"] > 0) == bool(iteration.groups)
+        for name in ("learning_rate", "entropy", "kl", "logprob_gap", "max_log_ratio", "grad_norm", "staleness"):
+            assert (iteration.metrics[name] is None) == (not iteration.groups), name
     nothing = ("accuracy", "accuracy_text", "reward", "response_length", "truncated", "repetitive", "ungradable")
     assert all(seen[0].metrics[name] is None for name in (*nothing, "tokens_masked", "responses_masked"))
     assert seen[0].metrics["buffer_groups"] == 6 and seen[0].metrics["seconds_rollout"] > 0
@@ -149,13 +165,20 @@ def test_a_response_whose_judge_never_returns_is_left_out_and_no_other(run):
 
 
 def test_missed_deadlines_are_counted_in_the_iteration_that_missed_them(run):
-    known = set()
-    for iteration in run[1]:
-        released = [(rollout.serial, verdict) for _, _, rollout, verdict, _ in iteration.responses]
-        missed = {n for n, v in [*released, *iteration.waiting] if v and v.outcome == Outcome.UNGRADABLE}
-        assert iteration.metrics["missed_deadlines"] == len(missed - known)
-        known |= missed
-    assert known
+    """Those of released responses by then; those of others when their time is up, for which nobody waits."""
+    here, seen = run
+    released, finished, missed = set(), set(), 0
+    for iteration in seen:
+        hung = lambda problem, text: stubborn_judge.hangs(problem, text)  # noqa: E731
+        released |= {r.serial for group, _, r, _, _ in iteration.responses if hung(group.problem, r.text)}
+        finished |= released | {
+            r.serial
+            for group, r in iteration.waiting
+            if hung(here.train[group.problem], here.engine.decode_text(r.tokens))
+        }
+        missed += iteration.metrics["missed_deadlines"]
+        assert len(released) <= missed <= len(finished)
+    assert missed
 
 
 def test_the_penalty_on_repetition_reaches_the_reward(run):
@@ -206,6 +229,33 @@ def test_old_tokens_carry_no_loss_and_the_metrics_say_how_many(run):
     # As long as weights do not change, an old token is no reason for a gap between sampler and trainer.
     gaps = [iteration.metrics["max_logprob_gap"] for iteration in with_groups(run)]
     assert gaps[0] < 1e-4 < max(gaps)
+
+
+def test_there_is_never_more_than_one_rollout_copy(run):
+    """Evaluations between iterations take the place of the old one as well."""
+    _, seen = run
+    assert [len(iteration.copies) for iteration in seen] == [1, 1, 1, 1, 2, 1]
+    copies = [copy for iteration in seen for copy in iteration.copies]
+    assert copies[0] is None and None not in copies[1:]
+
+
+def test_what_is_usual_of_ungradable_responses_is_resumed(run, tmp_path, monkeypatch):
+    here, seen = run
+    shutil.copytree(here.workdir, tmp_path / "copy")
+    config = here.config.copy_and_resolve_references()
+    config.rl.iterations = 9
+
+    class Asked(Exception):
+        pass
+
+    def rings(alarm, reasons, *, of):
+        raise Asked(alarm.seen, alarm.mean)
+
+    monkeypatch.setattr(audit.UngradableAlarm, "rings", rings)
+    with StopRequest() as stop, pytest.raises(Asked) as asked:
+        rl.train(dataclasses.replace(here, config=config, workdir=tmp_path / "copy"), here.init_params(), stop)
+    shares = [iteration.metrics["ungradable"] for iteration in with_groups(run)]
+    assert asked.value.args == (len(shares), pytest.approx(share(shares))) and share(shares) > 0
 
 
 def contents(directory: pathlib.Path) -> dict[str, bytes]:
@@ -261,3 +311,32 @@ def test_every_verdict_is_on_record_and_comes_out_the_same_when_judged_again(run
     for iteration in with_groups(run):
         of_it = [r["reward_length"] for r in gradable if r["step"] == iteration.metrics["step"]]
         assert iteration.metrics["reward_length"] == pytest.approx(share(of_it))
+
+
+def test_what_is_measured_on_the_way_is_sampled_once_and_as_many_of_each_kind():
+    drawn = {t: iter(make_problems(tasks.get_task(t), split="heldout", count=5, seed=0)) for t in ("chain", "pips")}
+    heldout = [next(drawn[task]) for task in ("chain", "chain", "pips", "chain", "chain", "pips", "pips", "pips")]
+    asked = []
+
+    class Written(str):  # as long as it has tokens
+        text = property(str)
+
+    def generate(params, prompts, *, k, settings, **_):
+        asked.append((prompts, k, float(settings.temperature)))
+        return [(Written("x" * prompt),) for prompt in prompts]
+
+    here = types.SimpleNamespace(
+        heldout=heldout,
+        config=types.SimpleNamespace(rl=types.SimpleNamespace(eval_problems=3)),
+        engine=types.SimpleNamespace(generate=generate),
+        prompts=lambda problems: [heldout.index(problem) + 1 for problem in problems],
+        chat=types.SimpleNamespace(end_ids=(0,)),
+        key=lambda stream: None,
+        judge=lambda responses: [Verdict(Outcome.CORRECT if len(t) in (2, 6) else Outcome.WRONG) for _, t in responses],
+    )
+    found = rl._evaluate(here, {})
+    assert asked == [([1, 2, 3, 4, 6, 7], 1, 1.0)]
+    assert found == {
+        **{"eval_text_accuracy": 1 / 3, "eval_text_tokens": 7 / 3},
+        **{"eval_image_accuracy": 1 / 3, "eval_image_tokens": 16 / 3},
+    }
