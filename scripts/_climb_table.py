@@ -23,12 +23,18 @@ GAIN, KEPT, SHARE, DROP = 20.0, 0.95, 0.5, 10.0  # the bars: points, shares of t
 Scores = dict[str, dict[str, float]]  # by kind, as `kimi_jax.evals.evaluate` gives them
 
 
-def write(workdir: pathlib.Path, seeds: Sequence[int], rates: Sequence[str], objectives: Sequence[str]) -> str:
-    """climb.json, climb.md, which is returned, and climb.png, of the steps that are done.
+def write(
+    workdir: pathlib.Path,
+    seeds: Sequence[int],
+    rates: Sequence[str],
+    objectives: Sequence[str],
+    missing: Sequence[str],
+) -> str:
+    """climb.json, climb.md, which is returned, and climb.png, of the steps that are done. missing: those that are not.
 
     Raises ValueError if none of the seeds has finished its start.
     """
-    result = collect(workdir, seeds, rates, objectives)
+    result = collect(workdir, seeds, rates, objectives) | {"missing": list(missing)}
     (workdir / "climb.json").write_text(json.dumps(result, indent=2) + "\n")
     text = markdown(result)
     (workdir / "climb.md").write_text(text + "\n")
@@ -200,6 +206,8 @@ def markdown(result: dict) -> str:
             f"* mirror descent − {one['objective']}, each at its best rate: {one['points']:+.1f} points, {clear} two "
             f"standard errors ({one['two_standard_errors']:.1f})"
         )
+    if result["missing"]:
+        lines += ["", f"Not done yet: {', '.join(result['missing'])}."]
     return "\n".join(lines)
 
 

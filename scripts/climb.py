@@ -21,24 +21,26 @@ Ctrl-C before a limit; leave a minute for what a run is in the middle of. The st
     table            climb.json, climb.md, climb.png, of all that is there
 
 start-0 is that of the first of --seeds. --only takes names of steps, or what stands before the hyphen (start, short_rl,
-grpo), or objectives; with --wait, steps wait for what other processes have to make first. Let no two processes do one
-step at the same time. Exit status: 0 done, or stopped and saved; 2 something that was given is wrong; else that of the
-program that failed.
+grpo), or objectives. Several processes may share a workdir: each step is done by one of them, and with --wait they wait
+for what others have to make first. A step that fails is left out, with those that need it. Exit status: 0 done, or
+stopped and saved; 2 something that was given is wrong; else that of the first program that failed.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import functools
 import json
+import os
 import pathlib
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import _climb_table
@@ -76,6 +78,7 @@ class Runner:
     workdir: pathlib.Path
     config: str
     deadline: float | None  # of time.monotonic()
+    claim: tuple[int, ...] = ()  # the open file that keeps other processes from the step
 
     def late(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline
@@ -89,12 +92,19 @@ class Runner:
         program, *arguments = map(str, command)
         print(f"$ python scripts/{shlex.join([program, *arguments])}", flush=True)
         with _ctrl_c() as pressed:
-            status, out = call([sys.executable, str(SCRIPTS / program), *arguments], self.deadline, capture=keep_stdout)
+            command = [sys.executable, str(SCRIPTS / program), *arguments]
+            compiled = str(self.workdir.absolute() / "compiled")  # by one program, for all that do the same
+            environment = {"JAX_COMPILATION_CACHE_DIR": compiled} | os.environ
+            status, out = call(
+                command, self.deadline, capture=keep_stdout, keep_open=self.claim, environment=environment
+            )
         if keep_stdout and status == 0:
             _write(product, out)
+        if pressed:
+            raise Stopped
         if product.exists():
             return
-        if status == 0 or pressed or self.late():
+        if status == 0 or self.late():
             raise Stopped
         raise Failed(status)
 
@@ -110,18 +120,48 @@ class Runner:
         where = [f"--checkpoint={checkpoint}", f"--out={product.parent}"]
         self.run("long2short.py", kind, *where, *flags, product=product)
 
-    def wait_for(self, product: pathlib.Path) -> None:
-        """Until another process has made it. Raises Stopped."""
-        print(f"waiting for {product}", flush=True)
-        while not product.exists():
-            if self.late():
-                raise Stopped
-            time.sleep(1)
+    def take(self, name: str, step: "Step", failed: Mapping[str, int]) -> int | None:
+        """Does a step unless it is done, and returns the exit status; None: it lacks something, or another process does
+        it. failed: steps that are not to be waited for, with their exit statuses. Raises Stopped."""
+        if step.product.exists():
+            print(f"--- {name}: done", flush=True)
+            return 0
+        if lacks := step.lacks():
+            if lacks[0] in failed:
+                print(f"--- {name} is left out: {lacks[0]} failed, and there is no {lacks[1]}", flush=True)
+            return failed.get(lacks[0])
+        with open(self.workdir / f".{name}.lock", "w") as file:
+            try:  # it lasts as long as this process and the programs that it runs, whatever ends them
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            print(f"--- {name}", flush=True)
+            self.claim = (file.fileno(),)
+            try:
+                step.run()
+            except Failed as failure:
+                print(f"--- {name} failed: exit status {failure.args[0]}; see above", file=sys.stderr, flush=True)
+                return failure.args[0]
+        return 0
+
+    def pause(self) -> None:
+        """Before another look at what other processes have made. Raises Stopped."""
+        if self.late():
+            raise Stopped
+        time.sleep(1)
 
 
-def call(command: list[str], deadline: float | None, *, capture: bool) -> tuple[int, str]:
+def call(
+    command: Sequence[str],
+    deadline: float | None,
+    *,
+    capture: bool,
+    keep_open: Sequence[int],
+    environment: Mapping[str, str],
+) -> tuple[int, str]:
     """(exit status, stdout if it is captured) of a program, which gets SIGINT at the deadline."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE if capture else None, text=True) as process:
+    stdout = subprocess.PIPE if capture else None
+    with subprocess.Popen(command, stdout=stdout, text=True, pass_fds=keep_open, env=environment) as process:
         try:
             out, _ = process.communicate(timeout=deadline and max(deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
@@ -152,11 +192,16 @@ def _write(path: pathlib.Path, text: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """product: what it makes last; where that is, the step is done. needs: what has to be there before."""
+    """product: what it makes last; where that is, the step is done. needs: another step, and what of it has to be there
+    before."""
 
     product: pathlib.Path
-    needs: pathlib.Path | None
+    needs: tuple[str, pathlib.Path] | None
     run: Callable[[], None]
+
+    def lacks(self) -> tuple[str, pathlib.Path] | None:
+        """What it needs, if that is not there yet."""
+        return self.needs if self.needs and not self.needs[1].exists() else None
 
 
 def steps(runner: Runner, seeds: Sequence[int], rates: Sequence[str]) -> dict[str, Step]:
@@ -164,7 +209,7 @@ def steps(runner: Runner, seeds: Sequence[int], rates: Sequence[str]) -> dict[st
     run, train, root = runner.run, runner.train, runner.workdir
     summary = lambda name: root / name / "summary.json"  # noqa: E731
     long, samples = root / f"start-{seeds[0]}", root / "samples"
-    done, pairs = summary(long.name), samples / "pairs.jsonl"
+    pairs = samples / "pairs.jsonl"
 
     def start(seed: int) -> None:
         train(f"start-{seed}", {"seed": seed})
@@ -200,23 +245,27 @@ def steps(runner: Runner, seeds: Sequence[int], rates: Sequence[str]) -> dict[st
 
     def objective(name: str, rate: str) -> None:
         own = {"rl.objective": name, "rl.optimizer.peak": rate, "init": long / "checkpoints" / "sft", "seed": seeds[0]}
+        begun = root / f"{name}-{rate}" / "eval_sft.json"  # would be measured again, to the same end
+        begun.parent.mkdir(exist_ok=True)
+        _write(begun, (long / begun.name).read_text())
         train(f"{name}-{rate}", SETTINGS["objectives"] | own)
 
-    part = functools.partial
+    part, after = functools.partial, lambda name: (name, summary(name))
     found = {f"start-{seed}": Step(summary(f"start-{seed}"), None, part(start, seed)) for seed in seeds}
-    found["samples"] = Step(pairs, done, sample)
-    found["shortest"] = Step(summary("shortest"), pairs, part(imitate, "shortest", long, samples))
-    found["dpo"] = Step(summary("dpo"), pairs, dpo)
-    found["merge"] = Step(root / "merge" / "evaluations.jsonl", summary("shortest"), merge)
-    found["merge_shortest"] = Step(summary("merge_shortest"), found["merge"].product, merge_shortest)
+    found["samples"] = Step(pairs, after(long.name), sample)
+    found["shortest"] = Step(summary("shortest"), ("samples", pairs), part(imitate, "shortest", long, samples))
+    found["dpo"] = Step(summary("dpo"), ("samples", pairs), dpo)
+    found["merge"] = Step(root / "merge" / "evaluations.jsonl", after("shortest"), merge)
+    found["merge_shortest"] = Step(summary("merge_shortest"), ("merge", found["merge"].product), merge_shortest)
     for seed in seeds:
-        found[f"short_rl-{seed}"] = Step(summary(f"short_rl-{seed}"), summary(f"start-{seed}"), part(short_rl, seed))
+        own = f"short_rl-{seed}"
+        found[own] = Step(summary(own), after(f"start-{seed}"), part(short_rl, seed))
     for rate in rates:
         for name in OBJECTIVES:  # which begin when SFT has ended
             own = f"{name}-{rate}"
-            found[own] = Step(summary(own), long / "eval_sft.json", part(objective, name, rate))
+            found[own] = Step(summary(own), (long.name, long / "eval_sft.json"), part(objective, name, rate))
     half = part(run, "controls.py", f"--workdir={long}", "half", product=long / "half.json")
-    found["half"] = Step(long / "half.json", done, half)
+    found["half"] = Step(long / "half.json", after(long.name), half)
     return found
 
 
@@ -233,26 +282,39 @@ def chosen(only: Sequence[str], names: Sequence[str]) -> list[str]:
     return list(found if only else names)
 
 
-def climb(args: argparse.Namespace) -> None:
-    """Raises ValueError, Stopped, Failed."""
+def climb(args: argparse.Namespace) -> int:
+    """Does the steps, always the first that can be done now. Returns the exit status. Raises ValueError."""
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
     runner = Runner(args.workdir, args.config, deadline)
     found = steps(runner, args.seeds, args.rates)
     names = chosen(args.only, [*found, "table"])
     args.workdir.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if name == "table":
-            print(_climb_table.write(args.workdir, args.seeds, args.rates, OBJECTIVES))
-            continue
-        step = found[name]
-        print(f"--- {name}{': done' if step.product.exists() else ''}", flush=True)
-        if step.product.exists():
-            continue
-        if step.needs and not step.needs.exists():
-            if not args.wait:
-                raise ValueError(f"{name} needs {step.needs}: take the steps before it first, or give --wait.")
-            runner.wait_for(step.needs)
-        step.run()
+    left, failed, told = [name for name in names if name != "table"], {}, ""
+    try:
+        while left:
+            for name in left:
+                status = runner.take(name, found[name], failed)
+                if status is not None:
+                    break
+            else:
+                lacks = {name: found[name].lacks() for name in left}
+                why = ", ".join(f"{n} needs {x[1]}" if x else f"another process does {n}" for n, x in lacks.items())
+                if not args.wait:
+                    raise ValueError(f"{why}: take the steps before it first, or give --wait.")
+                if why != told:
+                    print(f"waiting: {why}", flush=True)
+                told = why
+                runner.pause()
+                continue
+            left.remove(name)
+            failed |= {name: status} if status else {}
+    except (Stopped, KeyboardInterrupt):
+        print(f"Left are {', '.join(left)}.\nStopped. The same command goes on from here.")
+    else:
+        if "table" in names:
+            missing = [name for name, step in found.items() if not step.product.exists()]
+            print(_climb_table.write(args.workdir, args.seeds, args.rates, OBJECTIVES, missing))
+    return next(iter(failed.values()), 0)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -273,15 +335,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        climb(args)
-    except (Stopped, KeyboardInterrupt):
-        print("Stopped. The same command goes on from here.")
-    except Failed as failed:
-        return failed.args[0]
+        return climb(args)
     except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

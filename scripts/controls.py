@@ -199,9 +199,14 @@ def _after_sft(workdir: pathlib.Path, name: str) -> pathlib.Path:
     """DIR-name, which has what the run had when its RL began."""
     target = workdir.with_name(f"{workdir.name}-{name}")
     if not (target / "config.json").exists():  # which is written next
-        shutil.copytree(workdir / "checkpoints" / "sft", target / "checkpoints" / "sft", dirs_exist_ok=True)
+        stages = [path for path in (workdir / "checkpoints").iterdir() if path.name != "rl"]  # none: it had config.init
+        for path in (*stages, workdir / "hf"):
+            if path.is_dir():
+                shutil.copytree(path, target / path.relative_to(workdir), dirs_exist_ok=True)
+        target.mkdir(exist_ok=True)
         for file in ("tokenizer.model", "eval_sft.json"):
-            shutil.copyfile(workdir / file, target / file)
+            if (workdir / file).is_file():
+                shutil.copyfile(workdir / file, target / file)
     return target
 
 

@@ -47,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     merge = commands.add_parser("merge", help="average the weights of models", allow_abbrev=False)
     merge.add_argument("sources", type=pathlib.Path, nargs="+", metavar="DIR", help="two models, or two runs, or more")
     merge.add_argument("--out", type=pathlib.Path, required=True, help="a new directory")
-    merge.add_argument("--weights", type=_numbers, help="of each, in order; they sum to 1 (default: equal ones)")
+    merge.add_argument("--weights", type=numbers, help="of each, in order; they sum to 1 (default: equal ones)")
     merge.add_argument("--shard_gb", type=float, default=5.0, help="most gigabytes of a file (default: 5)")
     merge.add_argument("--traceback", action="store_true", help="show where an error came from")
 
@@ -71,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _numbers(text: str) -> list[float]:
+def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 

@@ -66,6 +66,8 @@ def resolve(args: argparse.Namespace) -> None:
         raise ValueError(f"--templates has {unknown[0]!r}; there are {', '.join(warmup.TEMPLATES)}.")
     if args.prefer == "merit" and not args.judge:
         raise ValueError("--prefer=merit needs a reward model, --judge=WORKDIR: verifiers know right and wrong alone.")
+    if args.judge and args.verifier:
+        raise ValueError(f"--judge={args.judge} judges instead of --verifier={args.verifier[0]}. Drop one of the two.")
     for name in ("samples", "keep", "votes"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name}={getattr(args, name)} must be at least 1.")
@@ -85,7 +87,8 @@ def choose_judge(args: argparse.Namespace, problems) -> Iterator:
     from kimi_jax.trainers.reward_models import load_judge
     from kimi_jax.training.sharding import make_mesh
 
-    judge = load_judge(args.judge, make_mesh(data=-1, fsdp=1, tensor=args.tensor), votes=args.votes)
+    mesh = make_mesh(data=-1, fsdp=1, tensor=args.tensor)
+    judge = load_judge(args.judge, mesh, votes=args.votes, option="--judge")
     check_judge(problems, judge)
     yield judge
 

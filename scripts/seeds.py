@@ -36,12 +36,13 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return args, overrides
 
 
-def train(config: str, directory: pathlib.Path, seed: int, overrides: Sequence[str]) -> int:
-    """Runs or resumes one seed. Returns the exit status."""
+def train(config: str, directory: pathlib.Path, seed: int, overrides: Sequence[str]) -> tuple[int, bool]:
+    """Runs or resumes one seed. Returns the exit status, and whether Ctrl-C was pressed, which the run acts on."""
     command = [sys.executable, str(_TRAIN), f"--config={config}", f"--workdir={directory}", f"--config.seed={seed}"]
-    previous = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the run, which saves; then we see it ended
+    pressed: list[bool] = []
+    previous = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
     try:
-        return subprocess.run([*command, *overrides]).returncode
+        return subprocess.run([*command, *overrides]).returncode, bool(pressed)
     finally:
         signal.signal(signal.SIGINT, previous)
 
@@ -76,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = args.workdir / f"seed-{seed}" / "summary.json"
         if not path.exists():
             print(f"--- seed {seed}", flush=True)
-            status = train(args.config, path.parent, seed, overrides)
-            if not path.exists():  # failed, or stopped by Ctrl-C: train.py has said which
+            status, stopped = train(args.config, path.parent, seed, overrides)
+            if stopped or not path.exists():  # train.py has said why
                 return status
         summaries.append(json.loads(path.read_text()))
     rows = spread(summaries)

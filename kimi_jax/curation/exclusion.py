@@ -12,8 +12,7 @@ from kimi_jax.types import Problem
 # The label of an option, such as "(B)", "B.", "B、" or "B:", where a word could begin. Lower case labels are mostly the
 # parts of a question.
 _LABEL = r"(?:^|(?<=[\s,;，；。?？]))\(?{}(?:\)|[.、:](?!\w\.))"
-_OPTIONS = re.compile(r".*?".join(_LABEL.format(letter) for letter in "ABC"), re.DOTALL | re.MULTILINE)
-_TWO_OPTIONS = re.compile(r".*?".join(_LABEL.format(letter) for letter in "AB"), re.DOTALL | re.MULTILINE)
+_LABELS = {letter: re.compile(_LABEL.format(letter), re.MULTILINE) for letter in "ABC"}
 
 _MULTIPLE_CHOICE = re.compile(
     r"\bwhich (?:one )?of the (?:following|options|choices)\b"
@@ -45,10 +44,12 @@ _LETTER = re.compile(r"\(?([A-H])\)?\.?")
 def exclusion(problem: Problem) -> tuple[str, str] | None:
     """(reason, what shows it), the reason one of "multiple_choice", "true_false", "proof"; None for a good prompt."""
     text, answer = (unicodedata.normalize("NFKC", part).strip() for part in (problem.prompt, problem.answer))
-    if found := _OPTIONS.search(text) or _MULTIPLE_CHOICE.search(text):
+    if options := _options(text, "ABC"):
+        return "multiple_choice", _clip(options)
+    if found := _MULTIPLE_CHOICE.search(text):
         return "multiple_choice", _clip(found[0])
-    if _LETTER.fullmatch(answer) and (found := _TWO_OPTIONS.search(text)):
-        return "multiple_choice", f"the answer is {answer!r}, after {_clip(found[0])}"
+    if _LETTER.fullmatch(answer) and (options := _options(text, "AB")):
+        return "multiple_choice", f"the answer is {answer!r}, after {_clip(options)}"
     if found := _TRUE_FALSE.search(text):
         return "true_false", _clip(found[0])
     if answer.casefold().rstrip(".。") in _TWO_VALUED:
@@ -56,6 +57,17 @@ def exclusion(problem: Problem) -> tuple[str, str] | None:
     if found := _PROOF.search(text):
         return "proof", _clip(found[0])
     return None
+
+
+def _options(text: str, letters: str) -> str | None:
+    """What stands from the label of the first option to that of the last, if all are there in this order."""
+    found: list[re.Match[str]] = []
+    for letter in letters:  # one expression for all would try each A with each B
+        label = _LABELS[letter].search(text, found[-1].end() if found else 0)
+        if not label:
+            return None
+        found.append(label)
+    return text[found[0].start() : found[-1].end()]
 
 
 def _clip(text: str) -> str:

@@ -1,6 +1,6 @@
 """Learning from preferences between responses: DPO as a stage of the supervised loop (k1.5 §2.4).
 
-The reference π_ref is the policy that the stage begins with. Its log-probs of all pairs are taken once, before the
+The reference π_ref is the policy that the stage begins with. Its log-probs of the pairs are taken once, before the
 first update, in the rows that training uses. Its weights are not kept; a run that resumes takes the log-probs again,
 and finds the same.
 """
@@ -38,13 +38,14 @@ def stage(setup: Setup) -> Stage:
     order = np.random.default_rng(setup.config.seed).permutation(len(pairs)).tolist()
     examples = [side for index in order for side in pairs[index]]
     plan = _plan(examples, setup.packing)
-    reference = _reference(setup, examples, plan)
+    epochs = endless(range(len(plan)), setup.config.seed)
+    read = [epochs[i] for i in range(min(config.steps * config.rows, len(plan)))]  # all, if it comes to an epoch
+    reference = dict(zip(read, _reference(setup, examples, [plan[i] for i in read]), strict=True))
 
     def pack(indices: list[int]) -> PairBatch:
         rows = _packed(setup, examples, [plan[i] for i in indices], config.rows)
         return PairBatch(rows, np.stack([reference[i] for i in indices]))
 
-    epochs = endless(range(len(plan)), setup.config.seed)
     one = config.rows == 1  # in batches of one, grain's length of an endless dataset overflows
     return Stage(
         name="dpo",
@@ -58,7 +59,8 @@ def stage(setup: Setup) -> Stage:
 
 
 def encode(setup: Setup, pair: Pair) -> tuple[Example, Example]:
-    """(chosen, rejected) with the prompt before them. Raises ValueError for sides whose tokens are the same."""
+    """(chosen, rejected) with the prompt before them. Raises ValueError for sides whose tokens are the same, and for a
+    pair that no row can hold."""
     prompt = setup.chat.encode_problem(pair.problem)
     chosen, rejected = (setup.chat.encode_example(prompt, text) for text in (pair.chosen, pair.rejected))
     if not pair.rejected_ends:
@@ -67,6 +69,12 @@ def encode(setup: Setup, pair: Pair) -> tuple[Example, Example]:
         raise ValueError(
             f"{setup.config.dpo.pairs}: the two sides of pair {pair.problem.id!r} are the same tokens, so nothing is "
             "preferred. Drop the pair."
+        )
+    tokens, limit = len(chosen.tokens) + len(rejected.tokens), setup.config.rows.tokens
+    if tokens > limit:
+        raise ValueError(
+            f"{setup.config.dpo.pairs}: pair {pair.problem.id!r} has {tokens} tokens on its two sides, which share a "
+            f"row, but a row has config.rows.tokens={limit}. Raise that or drop the pair."
         )
     return chosen, rejected
 
@@ -119,7 +127,7 @@ def _reference(setup: Setup, examples: list[Example], plan: list[list[int]]) -> 
         found.append(np.asarray(score(params, rows)))  # waits, once before training: else all rows would pile up there
     for leaf in jax.tree.leaves(params):  # the loop begins with parameters of its own
         leaf.delete()
-    return np.concatenate(found)
+    return np.concatenate(found)[: len(plan)]  # the last batch is filled up
 
 
 def _summary(metrics: list[dict]) -> dict:

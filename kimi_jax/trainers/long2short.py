@@ -160,9 +160,10 @@ def evaluate(checkpoint: pathlib.Path) -> dict[str, Any]:
 def points(workdir: pathlib.Path) -> list[Point]:
     """All that a run measured on held-out problems: at the end of its stages, while RL went on, and by `evaluate`.
 
-    Accuracy and tokens are means over all held-out problems. Raises ValueError, FileNotFoundError.
+    Accuracy and tokens are means over all held-out problems. Of a checkpoint that was measured several times the last
+    measurement in this order counts. Raises ValueError, FileNotFoundError.
     """
-    found: list[Point] = []
+    found: dict[str, Point] = {}
 
     def add(stage: str, step: int | None, results: dict[str, dict[str, float]]) -> None:
         if results:
@@ -171,7 +172,7 @@ def points(workdir: pathlib.Path) -> list[Point]:
             path = workdir / "checkpoints" / stage / str(step)
             there = str(path) if path.is_dir() else ""
             name = f"{workdir.name} {stage}" + ("" if step is None else f" {step}")
-            found.append(Point(name, mean("accuracy"), mean("mean_tokens"), there))
+            found[name] = Point(name, mean("accuracy"), mean("mean_tokens"), there)
 
     if (workdir / "summary.json").is_file():
         summary = json.loads((workdir / "summary.json").read_text())
@@ -197,7 +198,7 @@ def points(workdir: pathlib.Path) -> list[Point]:
             f"{workdir} has no measurements on held-out problems: no summary.json, no evaluation in metrics.jsonl "
             f"(config.rl.eval_every). Make one: python scripts/long2short.py evaluate {workdir}"
         )
-    return found
+    return list(found.values())
 
 
 def _newest(workdir: pathlib.Path, stage: str) -> int | None:

@@ -123,6 +123,11 @@ def find(path: str | pathlib.Path, *, option: str = "config.init") -> Origin:
     return Origin(stage.parent.parent, stage, steps[-1] if step is None else step)
 
 
+def has_checkpoint(workdir: pathlib.Path) -> bool:
+    """Whether a run has saved a step there, so that it is resumed rather than begun."""
+    return any(_steps(stage) for stage in workdir.glob("checkpoints/*"))
+
+
 def _steps(stage: pathlib.Path) -> list[int]:
     """Complete steps, the newest last: a step has its final name once it is complete."""
     return sorted(int(path.name) for path in stage.glob("*") if path.name.isdigit()) if stage.is_dir() else []

@@ -5,9 +5,10 @@ cross-entropy on whatever is to be imitated: the documents of pretraining (k1.5 
 conversations (§2.5.2), or worked solutions of the problems that RL will be about (§2.2).
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -27,6 +28,7 @@ from kimi_jax.trainers.setup import EVALUATION, Setup
 from kimi_jax.training.checkpoint import Checkpointer
 from kimi_jax.training.metrics import MetricsWriter, Stopwatch, progress
 from kimi_jax.training.step import LossFn, Reads, check_finite
+from kimi_jax.types import Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,7 @@ def train(setup: Setup, stage: Stage, stop: StopRequest) -> dict:
             return state.params
         # Metrics since the last evaluation. They stay on the device: reading them would wait for the update.
         waiting = meta["waiting"] if start else []
+        before = len(waiting)  # of an earlier attempt, which took its seconds with it
         start = start or 0
         writer.cut_back(start)
 
@@ -109,9 +112,9 @@ def train(setup: Setup, stage: Stage, stop: StopRequest) -> dict:
                     summary |= stage.evaluate(state.params)
                 seconds = watch.pop()
                 summary |= {f"seconds_{phase}": s for phase, s in seconds.items()}
-                summary["tokens_per_second"] = sum(m["tokens"] for m in waiting) / seconds["update"]
+                summary["tokens_per_second"] = sum(m["tokens"] for m in waiting[before:]) / seconds["update"]
                 writer.write(step, summary)
-                waiting = []
+                waiting, before = [], 0
             if save:
                 checkpoints.save(step, state, meta={"waiting": waiting}, wait=last or stopping)
             if stopping and not last:
@@ -138,9 +141,15 @@ def sft(setup: Setup) -> Stage:
     if setup.config.data.mixture:
         batches = sources.batches(setup.config, setup.chat, setup.packing)
     else:
-        solved = [p for p in _first_per_kind(setup.train, config.examples_per_kind) if p.solution]
+        solved = [p for p in first_per_kind(setup.train, config.examples_per_kind) if p.solution]
         prompts = setup.prompts(solved)
         examples = [setup.chat.encode_example(prompts[i], p.solution) for i, p in enumerate(solved)]
+        for problem, example in zip(solved, examples, strict=True):
+            if len(example.tokens) > setup.config.rows.tokens:
+                raise ValueError(
+                    f"Problem {problem.id!r} has {len(example.tokens)} tokens with its solution, but a row has "
+                    f"config.rows.tokens={setup.config.rows.tokens}. Raise that or drop the problem."
+                )
         batches = sft_batches(examples, seed=setup.config.seed, rows_per_batch=config.rows, **setup.packing)
     measures = []
     if config.eval_problems and setup.config.data.mixture:
@@ -158,12 +167,12 @@ def sft(setup: Setup) -> Stage:
     )
 
 
-def _first_per_kind(problems, count):
-    kept, seen = [], {}
+def first_per_kind(problems: Sequence[Problem], count: int) -> list[Problem]:
+    """The first so many of each kind, in their order."""
+    kept, seen = [], collections.Counter[str]()
     for problem in problems:
-        kind = problem.kind
-        seen[kind] = seen.get(kind, 0) + 1
-        if seen[kind] <= count:
+        seen[problem.kind] += 1
+        if seen[problem.kind] <= count:
             kept.append(problem)
     return kept
 
@@ -196,7 +205,7 @@ def _heldout_loss(setup: Setup) -> Callable[[dict], dict]:
 
 def greedy_accuracy(setup: Setup, params) -> dict:
     """Greedy accuracy per kind on the first held-out problems."""
-    problems = _first_per_kind(setup.heldout, setup.config.sft.eval_problems)
+    problems = first_per_kind(setup.heldout, setup.config.sft.eval_problems)
     groups = evals.sample_groups(
         setup.engine,
         setup.to_rollout(params, None),

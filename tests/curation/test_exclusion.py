@@ -88,3 +88,9 @@ def test_not_excluded(prompt):
 def test_answers_also_tell(prompt, answer, reason):
     found = exclusion(Problem("p", "exact", prompt, answer))
     assert (found and found[0]) == reason
+
+
+def test_a_long_table_of_two_letters_is_read_once():
+    """Not each A with each B, which would take hours."""
+    assert exclusion(Problem("p", "exact", "(A) 1 (B) 2\n" * 5_000, "7")) is None
+    assert exclusion(Problem("p", "exact", "(A) 1 (B) 2\n" * 5_000 + "(C) 3", "7"))[0] == "multiple_choice"

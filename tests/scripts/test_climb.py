@@ -2,6 +2,8 @@
 
 import ast
 import contextlib
+import fcntl
+import functools
 import io
 import json
 import pathlib
@@ -70,7 +72,7 @@ def called(monkeypatch):
     mains = {"train": train, "long2short": long2short.main, "controls": controls.main}
     made, stop_at = [], []
 
-    def call(command, deadline, *, capture):
+    def call(command, deadline, *, capture, **_):
         program, arguments = pathlib.Path(command[1]).stem, command[2:]
         if stop_at and stop_at[0] in " ".join(arguments):
             stop_at.pop()
@@ -139,11 +141,77 @@ def test_only(tmp_path, capsys):
     assert len(climb.chosen(["objectives", "rloo"], names)) == 10
     for flag, told in (
         ("--only=shortrl", "--only=shortrl is no step. Did you mean short_rl-"),
-        ("--only=merge", f"merge needs {tmp_path}/shortest/summary.json: take the steps before it first"),
+        ("--only=merge", f"Error: merge needs {tmp_path}/shortest/summary.json: take the steps before it first"),
         ("--only=table", "has no finished start-0"),
     ):
         assert climb.main([f"--workdir={tmp_path}", flag]) == 2
         assert told in capsys.readouterr().err
+
+
+# --- which step when ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """make({name: what it needs}, failing): steps of that name, each of which writes a file; what is made, in order."""
+    monkeypatch.setattr(climb._climb_table, "write", lambda *_: "the table")
+    monkeypatch.setattr(climb.time, "sleep", lambda seconds: None)
+    made = []
+
+    def make(needs, failing=()):
+        def run(name):
+            if name in failing:
+                raise climb.Failed(7)
+            made.append(name)
+            (tmp_path / name).touch()
+
+        needs = {name: needed and (needed, tmp_path / needed) for name, needed in needs.items()}
+        found = {name: climb.Step(tmp_path / name, own, functools.partial(run, name)) for name, own in needs.items()}
+        monkeypatch.setattr(climb, "steps", lambda *_: found)
+        return made
+
+    return make
+
+
+def do(tmp_path, *flags):
+    return climb.main([f"--workdir={tmp_path}", "--minutes=0.02", *flags])
+
+
+@pytest.mark.parametrize("wait", [[], ["--wait"]])
+def test_a_step_never_waits_for_one_that_comes_after_it(plan, tmp_path, wait):
+    made = plan({"a": None, "b": "a", "c": "b"})
+    assert do(tmp_path, "--only=c,b,a", *wait) == 0
+    assert made == ["a", "b", "c"]
+
+
+def test_what_can_be_done_is_done_while_others_are_waited_for(plan, tmp_path, capsys):
+    made = plan({"elsewhere": None, "b": "elsewhere", "c": None})
+    assert do(tmp_path, "--only=b,c", "--wait") == 0 and made == ["c"]
+    printed = capsys.readouterr().out
+    assert printed.count(f"waiting: b needs {tmp_path}/elsewhere\n") == 1 and "Left are b.\n" in printed
+    assert do(tmp_path, "--only=b,c") == 2
+    (tmp_path / "elsewhere").touch()
+    assert do(tmp_path, "--only=b,c", "--wait") == 0 and made == ["c", "b"]
+
+
+def test_a_step_that_fails_costs_only_those_that_need_it(plan, tmp_path, capsys):
+    made = plan({"a": None, "b": None, "c": "b", "d": "c", "e": "a"}, failing=["b"])
+    assert do(tmp_path, "--wait") == 7 and made == ["a", "e"]
+    out, err = capsys.readouterr()
+    assert err == "--- b failed: exit status 7; see above\n" and out.endswith("the table\n")
+    assert f"--- d is left out: c failed, and there is no {tmp_path}/c\n" in out
+    plan({"a": None, "b": None, "c": "b", "d": "c", "e": "a"})
+    assert do(tmp_path) == 0 and made == ["a", "e", "b", "c", "d"]
+
+
+def test_a_step_is_done_by_one_process(plan, tmp_path, capsys):
+    made = plan({"a": None, "b": "a"})
+    with open(tmp_path / ".a.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert do(tmp_path, "--wait") == 0 and not made
+        assert f"waiting: another process does a, b needs {tmp_path}/a\n" in capsys.readouterr().out
+        assert do(tmp_path) == 2
+    assert do(tmp_path) == 0 and made == ["a", "b"]
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
@@ -187,9 +255,27 @@ def test_what_a_program_prints_is_its_product_if_it_ends_well(runner, tmp_path):
     assert (tmp_path / "out").read_text() == "['7']\n"
 
 
-def test_ctrl_c_is_for_the_program(runner, tmp_path):
+@pytest.mark.parametrize("ending", ["sys.exit(4)", "pathlib.Path(sys.argv[1]).touch()"])
+def test_ctrl_c_is_for_the_program_and_nothing_follows(runner, tmp_path, ending):
+    product = tmp_path / "product"
     with pytest.raises(climb.Stopped):
-        runner("os.kill(os.getppid(), signal.SIGINT); sys.exit(4)").run("p.py", product=tmp_path / "product")
+        runner(f"os.kill(os.getppid(), signal.SIGINT); {ending}").run("p.py", product, product=product)
+
+
+def test_programs_share_what_they_compile(runner, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    program = "print(os.environ['JAX_COMPILATION_CACHE_DIR'])"
+    runner(program).run("p.py", product=tmp_path / "a", keep_stdout=True)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    runner(program).run("p.py", product=tmp_path / "b", keep_stdout=True)
+    assert [(tmp_path / name).read_text() for name in "ab"] == [f"{tmp_path}/compiled\n", "elsewhere\n"]
+
+
+def test_a_program_holds_the_claim_of_its_step(runner, tmp_path):
+    """So nobody else begins the step as long as it lives, even if what called it was killed."""
+    begun, product = runner("os.fstat(int(sys.argv[1])); pathlib.Path(sys.argv[2]).touch()"), tmp_path / "product"
+    step = climb.Step(product, None, lambda: begun.run("p.py", *begun.claim, product, product=product))
+    assert begun.take("a", step, {}) == 0
 
 
 # --- the table, by hand -----------------------------------------------------------------------------------------------
@@ -231,7 +317,7 @@ def measured(tmp_path):
 
 
 def test_the_table(measured):
-    text = _climb_table.write(measured, [0, 1, 2], ["1e-4", "2e-4"], ["mirror_descent", "rest", "grpo"])
+    text = _climb_table.write(measured, [0, 1, 2], ["1e-4", "2e-4"], ["mirror_descent", "rest", "grpo"], ["start-2"])
     result = json.loads((measured / "climb.json").read_text())
     assert result["seeds"] == [0, 1] and result["gains"] == pytest.approx({"0": 30.0, "1": 30.0})
     # RL: 80%, and 100 tokens (seed 0) or 110 (both)
@@ -250,15 +336,26 @@ def test_the_table(measured):
     assert "| long2short RL | 2 | 77.0% | 77.0% | 40.0 | 60.0 | 96.2% | 45.5% |" in text
     assert "| mirror_descent | 60.0% | 70.0% |" in text and "| rest | 60.0% |  |" in text
     assert "mirror descent − rest, each at its best rate: +10.0 points, within two standard errors (13.4)" in text
+    assert text.endswith("\n\nNot done yet: start-2.") and result["missing"] == ["start-2"]
     assert _climb_table._curve(measured / "rest-1e-4") == ([0, 2, 4], pytest.approx([0.5, 0.35, 0.45]))
 
 
 def test_bars_that_do_not_hold(measured):
     (measured / "short_rl-1" / "summary.json").write_text(json.dumps({"rl": scores(0.4, 0.4, 42)}))
-    text = _climb_table.write(measured, [0, 1], [], [])
+    text = _climb_table.write(measured, [0, 1], [], [], [])
     best = json.loads((measured / "climb.json").read_text())["bars"][1]
     assert best["by"] == "short_rl" and not best["holds"]
-    assert text.count(": does not hold") == 1 and text.count(": holds") == 2
+    assert text.count(": does not hold") == 1 and text.count(": holds") == 2 and "Not done" not in text
+
+
+def test_a_table_of_the_little_that_there_is(measured, capsys):
+    """The first seed, of which the methods are, has not come to its end."""
+    (measured / "start-0" / "summary.json").unlink()
+    (measured / "start-2").mkdir()
+    assert climb.main([f"--workdir={measured}", "--only=table", "--rates=1e-4"]) == 0
+    result = json.loads((measured / "climb.json").read_text())
+    assert result["seeds"] == [1] and list(result["methods"]) == ["short_rl"] and len(result["comparison"]) == 1
+    assert "Not done yet: start-0, start-2, samples, merge_shortest, short_rl-2, grpo" in capsys.readouterr().out
 
 
 def test_a_reversed_order():

@@ -56,6 +56,24 @@ def test_half_a_chain_of_thought():
     assert half("abc Answer: 1", 0.0) == half("Answer: 1") == half("") == "Answer:"
 
 
+@pytest.mark.parametrize(
+    "begun",
+    [
+        ["checkpoints/sft/7/x", "tokenizer.model"],
+        ["checkpoints/dpo/7/x", "tokenizer.model"],
+        ["tokenizer.model"],  # with config.init
+        ["checkpoints/sft/7/x", "hf/config.json"],  # with config.model.path
+    ],
+)
+def test_a_control_begins_with_what_rl_began_with(begun, tmp_path):
+    for file in (*begun, "eval_sft.json", "checkpoints/rl/5/x", "summary.json", "metrics.jsonl"):
+        (tmp_path / "run" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / file).write_text(file)
+    target = controls._after_sft(tmp_path / "run", "faulty")
+    there = {str(path.relative_to(target)): path.read_text() for path in target.rglob("*") if path.is_file()}
+    assert there == {file: file for file in (*begun, "eval_sft.json")} and target.name == "run-faulty"
+
+
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
     miniature.prepare(monkeypatch)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -91,6 +92,20 @@ def test_batches_hold_whole_pairs_with_the_log_probs_of_the_start(here):
     assert ends == [end for i in range(11) for end in (True, i % 3 != 1)]
 
 
+def test_the_start_reads_no_more_rows_than_are_trained_on(start, tmp_path, monkeypatch):
+    miniature.prepare(monkeypatch)
+    found, whole = [], dpo._reference
+    monkeypatch.setattr(dpo, "_reference", lambda *args: found.append(args[2]) or whole(*args))
+    for steps, rows, expected in ((1, 2, 2), (7, 4, None)):
+        config = config_of(start, **{"sft.steps": steps, "sft.rows": rows, "sft.micro_rows": rows})
+        pipeline.prepare_workdir(config, tmp_path / str(steps))
+        here = setup.build(config, tmp_path / str(steps))
+        stage = dpo.stage(here)
+        assert all(stage.batches[i].reference_logprobs.shape == (rows, 64) for i in range(steps))
+        assert len(found[-1]) == (expected or len({row[0] for row in found[-1]}))
+    assert len(found[1]) > 2
+
+
 def test_it_learns_to_prefer_and_resumes_bit_for_bit(here, start, tmp_path):
     with StopRequest() as stop:
         whole = jax.device_get(supervised.train(here, dpo.stage(here), stop))
@@ -122,6 +137,16 @@ def test_sides_that_become_the_same_tokens_are_refused(here):
     alike.write_text(json.dumps(record | {"rejected": record["chosen"]}))
     here.config.dpo.pairs = str(alike)
     with pytest.raises(ValueError, match="alike.jsonl, line 1: .*same text"):
+        dpo.stage(here)
+
+
+def test_a_pair_that_no_row_can_hold_is_named(here):
+    record = json.loads(pathlib.Path(here.config.dpo.pairs).read_text().splitlines()[3])
+    long = here.workdir / "long.jsonl"
+    long.write_text(json.dumps(record | {"rejected": "1 " * 40}))
+    here.config.dpo.pairs = str(long)
+    told = rf"long.jsonl: pair '{re.escape(record['id'])}' has \d+ tokens on its two sides.*config.rows.tokens=64"
+    with pytest.raises(ValueError, match=told):
         dpo.stage(here)
 
 
