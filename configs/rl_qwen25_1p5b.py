@@ -2,10 +2,10 @@
 
     python scripts/train.py --config=configs/rl_qwen25_1p5b.py --dry_run --topology=v5e:16x16
 
-What the compiler says (libtpu 0.0.42, JAX 0.10.2; five to ten minutes on two CPU cores):
+What the compiler says of RL (libtpu 0.0.42, JAX 0.10.2; five to ten minutes on two CPU cores):
 
-    v5e:16x16   256 chips, rows over 128 groups   7.0 of 15.8 GiB per chip at the peak, which is the prefill
-    v5p:4x4x4    64 chips, rows over  32 groups   9.1 of 95.7 GiB per chip at the peak, which is decoding
+    v5e:16x16   256 chips, rows over 128 groups   4.6 of 15.8 GiB per chip at the peak, which is the gradient
+    v5p:4x4x4    64 chips, rows over  32 groups   9.5 of 95.7 GiB per chip at the peak, which is decoding
 
 The weights are random and the task is arithmetic, so there is no result to expect; with --config.model.path=DIR it
 begins with published weights instead. Slices like these have several hosts: start it on each with

@@ -2,7 +2,7 @@
 
     python scripts/train.py --config=configs/rl_qwen25_7b.py --dry_run --topology=v5e:16x16
 
-What the compiler says (libtpu 0.0.42, JAX 0.10.2; five to ten minutes on two CPU cores):
+What the compiler says of RL (libtpu 0.0.42, JAX 0.10.2; five to ten minutes on two CPU cores):
 
     v5e:16x16   256 chips, rows over 64 groups    9.2 of 15.8 GiB per chip at the peak, which is the gradient
     v5p:4x4x4    64 chips, rows over 16 groups   18.1 of 95.7 GiB per chip at the peak, which is the gradient

@@ -10,13 +10,13 @@ decoder are trained, on a base in bfloat16. To train everything:
 What --dry_run says of the memory, the larger of its two phases; it needs no DIR:
 
                         LoRA       all
-    one GPU of 80 GB    24 GiB     66 GiB   all: rl.micro_rows=4 sampling.rows=128
-    8 GPUs of 80 GB     14 GiB     20 GiB   mesh.data=1 mesh.fsdp=8 rl.problems=128 rl.micro_rows=64 sampling.rows=1024
-    v5e:16x16, 16 GB   4.5 GiB    5.7 GiB   mesh.data=8 mesh.fsdp=16 mesh.tensor=2 and the rest as below
-    v5p:4x4x4, 95 GB   5.9 GiB    7.1 GiB   mesh.data=2 mesh.fsdp=16 mesh.tensor=2 rl.problems=256 rl.micro_rows=128
+    one GPU of 80 GB    24 GiB     67 GiB   all: rl.micro_rows=4 sampling.rows=128
+    8 GPUs of 80 GB     15 GiB     20 GiB   mesh.data=1 mesh.fsdp=8 rl.problems=128 rl.micro_rows=64 sampling.rows=1024
+    v5e:16x16, 16 GB   4.6 GiB    5.8 GiB   mesh.data=8 mesh.fsdp=16 mesh.tensor=2 and the rest as below
+    v5p:4x4x4, 95 GB   6.1 GiB    7.4 GiB   mesh.data=2 mesh.fsdp=16 mesh.tensor=2 rl.problems=256 rl.micro_rows=128
                                             sampling.rows=2048
 
-JAX takes three quarters of a GPU, 59 GiB; 66 need XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 and are tight. Adam's moments
+JAX takes three quarters of a GPU, 59 GiB; 67 need XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 and are tight. Adam's moments
 exist in the update phase only (rl.reset_optimizer). The estimate counts the large arrays; --topology asks the compiler
 for TPUs. Not run yet.
 """

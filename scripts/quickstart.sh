@@ -43,6 +43,9 @@ fi
 .venv/bin/python scripts/train.py --config=configs/quickstart.py --workdir="$workdir" --config.seed="$seed" \
   ${flags[@]+"${flags[@]}"}
 
+[[ -e "$workdir/summary.json" ]] || exit 0 # stopped by Ctrl-C
 echo
 echo "Done:"
-for file in summary.json curves.png report.html; do echo "  $workdir/$file"; done
+for file in summary.json curves.png report.html; do
+  if [[ -e "$workdir/$file" ]]; then echo "  $workdir/$file"; fi
+done

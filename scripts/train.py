@@ -4,10 +4,12 @@
     python scripts/train.py --config=configs/quickstart.py --dry_run
     python scripts/train.py --config=configs/rl_qwen25_7b.py --dry_run --topology=v5e:16x16
 
-The same command again resumes. Exit status: 0 finished, or stopped by Ctrl-C and saved; 2 what was given cannot work,
-with the reason in one line on stderr; 1 anything else, with its traceback.
+The same command again resumes. Exit status: 0 finished, or stopped by Ctrl-C and saved; 130 left at once, by Ctrl-C
+before training or by a second one; 2 what was given cannot work, with the reason in one line on stderr; 1 anything
+else, with its traceback.
 """
 
+import itertools
 import os
 import pathlib
 import re
@@ -33,8 +35,8 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from
 _OUT_OF_MEMORY = (
     "The device ran out of memory. What takes it, by phase, is what --dry_run prints. To need less: in the rollout "
     "sampling.rows, sampling.pages, sampling.prefill_tokens; in the update sft.micro_rows, rl.micro_rows, rows.tokens, "
-    "rows.logits_chunk, or model.remat=True; more devices or mesh.fsdp. What was saved is intact: the same command "
-    "resumes, and --traceback shows where it happened."
+    "rows.logits_chunk, or model.remat=True; more devices or mesh.fsdp. What was saved is intact: after SFT, another "
+    "--workdir goes on with --config.init=THIS_WORKDIR --config.sft.steps=0. --traceback shows where it happened."
 )
 
 
@@ -82,7 +84,8 @@ def run(argv: list[str]) -> None:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses flags, the config file and its overrides. Raises ValueError, FileNotFoundError in our own words."""
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+    spaced = (f"{a}={b}" for a, b in itertools.pairwise(argv) if a == "--config")
+    path = next((a.split("=", 1)[1] for a in (*argv, *spaced) if a.startswith("--config=")), None)
     if path is not None and not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"--config={path}: there is no such file. " + _configs())
     for argument in argv[1:]:
@@ -93,6 +96,12 @@ def parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as error:
         raise ValueError(str(error)) from error
+    except (AttributeError, KeyError) as error:  # of the config file, whose settings are locked
+        if not (unknown := re.search(r'Key "(\w+)" does not exist', str(error))):
+            raise
+        near = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = f" Did you mean {near[1]!r}?" if near else " kimi_jax/trainers/config.py has them all."
+        raise ValueError(f"--config={path} sets {unknown[1]!r}, which there is not.{hint}") from error
 
 
 def _configs():
@@ -125,6 +134,11 @@ def main() -> None:
             raise
         print(f"Error: {_OUT_OF_MEMORY}\n{str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before there is anything to save, or the second one
+        if "--traceback" in sys.argv:
+            raise
+        print("Left at once. What was saved is intact: the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -249,6 +249,19 @@ def test_other_metrics_share_panels_by_family_and_none_is_lost():
     assert shared["zeta"] == []
 
 
+def test_no_two_lines_of_a_panel_have_one_colour():
+    phases = "rollout verification prefill reprefill handover judge components update evaluation".split()
+    [panel] = curves.details([{"step": i} | {f"seconds_{phase}": i for phase in phases} for i in range(7)]).axes
+    lines, labels = panel.get_legend_handles_labels()
+    assert labels == phases and len({line.get_color() for line in lines}) == len(phases)
+
+
+def test_an_alarm_is_no_share_of_responses():
+    rows = [{"step": i, "ungradable": 0.01, "ungradable_alarm": 1.0, "truncated": 0.02} for i in range(7)]
+    alarm, share = curves.details(rows).axes
+    assert share.get_legend_handles_labels()[1] == ["ungradable", "truncated"] and alarm.get_ylim()[1] >= 1
+
+
 def test_small_and_large_numbers_stand_at_the_axes_in_full():
     rows = [{"step": i, "learning_rate": 1e-5 * i, "bytes": 4_100_000 + 13_000 * i, "truncated": 0.0} for i in range(9)]
     figure = curves.details(rows)

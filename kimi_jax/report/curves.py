@@ -15,7 +15,7 @@ import numpy as np
 Metrics = Sequence[dict[str, Any]]
 
 _INK, _FAINT, _GRID = "#1f2328", "#6b7280", "#d5d9de"
-_SERIES = ("#1f6feb", "#d9730d", "#4b5563", "#0f8a5f", "#8250df", "#c2255c")
+_SERIES = ("#1f6feb", "#d9730d", "#4b5563", "#0f8a5f", "#8250df", "#c2255c", "#0891b2", "#8a6d1a", "#111827")
 
 _PERCENT = matplotlib.ticker.FuncFormatter(lambda share, _: f"{100 * share:.3g}%")
 _NUMBER = matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:.4g}" if abs(x) < 1_000 else f"{x:,.0f}")
@@ -31,6 +31,7 @@ _FAMILIES = {  # how a name begins: the panel it shares with others; any other m
     "logprob_gap": "Log-prob gap to the sampler, mean",
     "max_logprob_gap": "Log-prob gap to the sampler, max",
     "truncated": "Share of responses",
+    "ungradable_alarm": "Alarm: too many are ungradable",
     "ungradable": "Share of responses",
     "repetitive": "Share of responses",
     "groups_": "Share of groups",

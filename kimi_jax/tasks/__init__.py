@@ -2,7 +2,7 @@
 
 import difflib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from kimi_jax.rewards.own import find_function
@@ -35,11 +35,7 @@ VERIFIERS: dict[str, Callable[..., Verdict]] = {"exact": verify_exact, "math": _
 def get_task(name: str) -> Task:
     """The task called `name`. Raises ValueError with the nearest names where there is none."""
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1) or [min(TASKS)]
-        raise ValueError(
-            f"no task is called {name!r}; did you mean {near[0]!r}? There are: {', '.join(sorted(TASKS))}; for "
-            f"problems of files also {', '.join(VERIFIERS)}"
-        )
+        raise ValueError(_unknown(name, TASKS))
     return TASKS[name]
 
 
@@ -50,7 +46,14 @@ def get_verifier(name: str, *, sandbox: str | None = None) -> Callable[[Problem,
     """
     if name == "code":
         return functools.partial(_verify_code, sandbox=sandbox)
-    return VERIFIERS[name] if name in VERIFIERS else get_task(name).verify
+    if name not in (known := {task.name: task.verify for task in TASKS.values()} | VERIFIERS):
+        raise ValueError(_unknown(name, known))
+    return known[name]
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    [near] = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"no task is called {name!r}; did you mean {near!r}? There are: {', '.join(sorted(known))}"
 
 
 def verify(

@@ -160,6 +160,8 @@ def problem_from_record(record: Mapping[str, Any], *, folder: str | Path = ".") 
             raise ValueError(f"{name}: field {field!r} must be {expected}, got {type(value).__name__} {value!r:.80}")
         if field in _REQUIRED and not str(value).strip():
             raise ValueError(f"{name}: field {field!r} is empty; give it a value or drop the record")
+        if kind is str and not _is_unicode(str(value)):
+            raise ValueError(f"{name}: field {field!r} has half of a surrogate pair, which is no character; remove it")
     images = record.get("images", ())
     if (markers := record["prompt"].count(IMAGE_MARKER)) != len(images):
         raise ValueError(
@@ -168,6 +170,10 @@ def problem_from_record(record: Mapping[str, Any], *, folder: str | Path = ".") 
         )
     pixels = tuple(_read_image(image, Path(folder), f"{name}: images[{i}]") for i, image in enumerate(images))
     return Problem(**{**record, "images": pixels})
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _read_image(source: str | bytes, folder: Path, name: str) -> np.ndarray:
@@ -190,18 +196,21 @@ def read_problems(path: str | Path) -> list[Problem]:
     """Reads problems from a file with one JSON record per line; image paths are relative to the file's folder.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: with file and line number, for a malformed record and for an id that a line before it has.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path} of problems, one JSON record per line")
     problems: dict[str, Problem] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             problem = problem_from_record(json.loads(line), folder=path.parent)
             if problem.id in problems:
                 raise ValueError(f"problem record {problem.id!r}: an earlier line has this id; remove one of the two")
-        except ValueError as error:  # json.JSONDecodeError is one
+        except (ValueError, RecursionError) as error:  # of bytes that are not UTF-8, and of JSON, too
             raise ValueError(f"{path}, line {number}: {error}") from error
         problems[problem.id] = problem
     return list(problems.values())

@@ -163,7 +163,7 @@ def _some(rng: np.random.Generator, options: Sequence[Thing], count: int) -> lis
 
 def _scene_content(task: str, scene: Scene, question: str, steps: str, answer: object, difficulty: int) -> Content:
     return Content(
-        id=f"{task}:{scene_code(scene)} {question}",
+        id=f"{task}:{scene_code(scene)}",  # whatever is asked: a picture is held out as a whole
         question=question,
         solution=f"{steps}{ANSWER_MARKER}{answer}",
         answer=str(answer),
@@ -253,7 +253,7 @@ def draw_bar_chart(rng: np.random.Generator, difficulty: int) -> Content:
         heights[first], heights[second] = a, b
         question, steps = f"What is {first} plus {second}?", f"{first} {a},{second} {b};{a}+{b}={answer};"
     return Content(
-        id=f"bar_chart:{' '.join(f'{colour} {height}' for colour, height in heights.items())} {question}",
+        id=f"bar_chart:{' '.join(f'{colour} {height}' for colour, height in heights.items())}",
         question=question,
         solution=f"{steps}{ANSWER_MARKER}{answer}",
         answer=str(answer),

@@ -60,8 +60,8 @@ def describe(config: ml_collections.ConfigDict, devices=None) -> str:
     for stage, runs in (("sft", config.sft.steps), ("rl", has_rl(config))):
         if runs and (micro_rows := config[stage].micro_rows) % ways:
             lines.append(
-                f"{stage}.micro_rows={micro_rows} is no multiple of {ways}, the devices that rows are split over (data × "
-                "fsdp): each of them computes all rows."
+                f"{stage}.micro_rows={micro_rows} is no multiple of {ways}, the devices that rows are split over "
+                "(data × fsdp): each of them computes all rows."
             )
     return "\n".join([*lines, "", *_batch_lines(config), "", *_memory_lines(config, policy, mesh, state)])
 

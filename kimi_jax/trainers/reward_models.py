@@ -186,9 +186,14 @@ def _prompts(setup: Setup, texts: Sequence[str]):
     return [prompt if len(prompt.tokens) <= setup.engine.prompt_tokens else None for prompt in prompts]
 
 
-def load_judge(workdir: pathlib.Path, mesh: jax.sharding.Mesh, *, votes: int) -> ClassicJudge | CoTJudge:
-    """The reward model that scripts/train.py wrote there. Raises ValueError or FileNotFoundError if there is none."""
-    remedy = f"config.rewards.judge={str(workdir)!r} must be the workdir of a reward model (configs/rm_*.py)"
+def load_judge(
+    workdir: pathlib.Path, mesh: jax.sharding.Mesh, *, votes: int, option: str = "config.rewards.judge"
+) -> ClassicJudge | CoTJudge:
+    """The reward model that scripts/train.py wrote there. option: what the workdir was given as, for messages.
+
+    Raises ValueError or FileNotFoundError if there is none.
+    """
+    remedy = f"{option}={str(workdir)!r} must be the workdir of a reward model (configs/rm_*.py)"
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(f"{remedy}: it has no config.json.")
     config = default_config().unlock()
@@ -243,9 +248,10 @@ def accuracy(judge: ClassicJudge | CoTJudge, problems: Sequence[Problem]) -> dic
 
 
 def pair_accuracy(score: Callable[[Sequence[str]], np.ndarray], problems: Sequence[Problem]) -> dict:
-    """Share of pairs whose correct response has the higher score."""
-    better, worse = zip(*paired(problems), strict=True)
-    margins = score([problem.prompt for problem in better]) - score([problem.prompt for problem in worse])
+    """Share of pairs whose correct response has the higher score; nan if there are no pairs."""
+    pairs = paired(problems)
+    better, worse = (score([pair[side].prompt for pair in pairs]) for side in (0, 1))
+    margins = better - worse
     return {"accuracy": _mean(margins > 0), "n": len(margins)}
 
 

@@ -1,7 +1,7 @@
 """Whether a TPU slice can hold a run, asked of its compiler before anyone rents it.
 
-The very programs that a run consists of, from the hand-over to the optimizer, are compiled ahead of time by the
-compiler of real TPUs, which needs no TPU, and what they take on each chip is read off.
+The very programs that a run consists of, from the gradient of SFT to the optimizer of RL, are compiled ahead of time by
+the compiler of real TPUs, which needs no TPU, and what they take on each chip is read off.
 """
 
 import collections
@@ -21,15 +21,16 @@ import ml_collections
 import numpy as np
 from jax.experimental import topologies
 
-from kimi_jax.arrays import RLBatch, TrainState
-from kimi_jax.rl.batch import build_minibatches
+from kimi_jax.arrays import TrainState
+from kimi_jax.data.packing import pack_rows
 from kimi_jax.sampling import decode, repetition
 from kimi_jax.sampling.handover import make_handover
 from kimi_jax.sampling.logits import SamplingSettings
-from kimi_jax.trainers import objectives, rl, setup
-from kimi_jax.trainers.plan import GIB, Weights, bytes_per_device, plan_engine, rl_rows
+from kimi_jax.trainers import dpo, objectives, reward_models, rl, setup, supervised
+from kimi_jax.trainers.config import has_rl
+from kimi_jax.trainers.plan import GIB, Weights, evaluates, iteration_bytes, plan_engine, rl_micro_batch
 from kimi_jax.training import sharding
-from kimi_jax.types import Problem, Prompt, Rollout, RolloutGroup, StopReason
+from kimi_jax.training.step import LossFn, Reads
 
 # What the TPU compiler says is available per chip, in GiB, by the device kind that JAX reports.
 HBM = {"TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}
@@ -98,7 +99,8 @@ class Report:
             if not p.error:
                 lines.append(f"{p.name:14}{p.flops:13.3g}{p.moved:13.3g}   {kinds}")
         lines += ["", "resident: what else is in memory meanwhile: masters, rollout copy, moments, micro-batches."]
-        lines.append("The pages of the KV cache are arguments of the programs from prefill to decode chunk.")
+        if any(p.name == "prefill" for p in self.programs):
+            lines.append("The pages of the KV cache are arguments of the programs from prefill to decode chunk.")
         peak = max(self.programs, key=lambda p: p.peak)
         if self.fits:
             lines.append(f"It fits: at most {peak.peak / GIB:.2f} of {self.hbm} GiB per chip, in {peak.name}.")
@@ -111,14 +113,16 @@ class Report:
                     over = p.peak / GIB - self.hbm
                     lines.append(f"  {p.name}: {p.peak / GIB:.2f} GiB per chip, {over:.2f} more than there are")
             lines.append(
-                "Lower rl.micro_rows, rows.tokens or rows.logits_chunk (update), sampling.rows, sampling.max_tokens or "
-                "sampling.pages (rollout), raise mesh.fsdp or mesh.tensor, or take a larger slice."
+                "Lower sft.micro_rows, rl.micro_rows, rows.tokens or rows.logits_chunk (update), sampling.rows, "
+                "sampling.max_tokens or sampling.pages (rollout), raise mesh.fsdp or mesh.tensor, or take a larger "
+                "slice."
             )
         return "\n".join(lines)
 
 
 def compile_for_topology(config: ml_collections.ConfigDict, topology: str) -> Report:
-    """Compiles the programs of an RL iteration for a TPU slice, ahead of time: from the hand-over to the optimizer.
+    """Compiles the programs of a run for a TPU slice, ahead of time: the update of SFT, if the config has any, then
+    those of an iteration of RL, from the hand-over to the optimizer.
 
     topology: a name such as v5e:16x16. Raises ValueError where `topology_devices` does, or when the mesh does not fit.
     """
@@ -134,8 +138,20 @@ def compile_for_topology(config: ml_collections.ConfigDict, topology: str) -> Re
         f"# Compiled for {topology}: {len(devices)} × {kind}, {HBM[kind]} GiB each; mesh {sizes}; "
         f"attention {policy.implementation}"
     )
-    programs = (*_rollout_programs(config, policy, mesh, weights), *_update_programs(config, policy, mesh, weights))
-    return Report(heading, HBM[kind], programs)
+    programs = [*_sft_programs(config, policy, mesh, weights)] if config.sft.steps else []
+    evaluated = config.sft.steps and evaluates(config)
+    meanwhile = weights.moments("sft") if config.sft.eval_problems else 0
+    if has_rl(config):
+        moments = 0 if config.rl.reset_optimizer else weights.moments("rl")
+        rollout = [*_rollout_programs(config, policy, mesh, weights, moments=moments)]
+        if evaluated:  # by the same programs, while the moments of SFT are there
+            largest = max(rollout[1:], key=lambda program: program.total)
+            resident = weights.masters + meanwhile
+            programs.append(dataclasses.replace(largest, name="SFT evaluation", seconds=0.0, resident=resident))
+        programs += [*rollout, *_rl_programs(config, policy, mesh, weights)]
+    elif evaluated:
+        programs += _rollout_programs(config, policy, mesh, weights, moments=meanwhile)
+    return Report(heading, HBM[kind], tuple(programs))
 
 
 def topology_devices(topology: str) -> list:
@@ -158,8 +174,9 @@ def topology_devices(topology: str) -> list:
         ) from error
 
 
-def _rollout_programs(config, policy, mesh, weights):
-    waiting = weights.masters + (0 if config.rl.reset_optimizer else weights.moments)
+def _rollout_programs(config, policy, mesh, weights, *, moments: int):
+    """moments: bytes of them that are there meanwhile."""
+    waiting = weights.masters + moments
     dtype = config.model.sampling_dtype or policy.config.dtype
     handover = make_handover(policy, mesh, dtype=dtype)
     yield _compile("hand-over", handover, weights.params, weights.rollout_params, resident=waiting - weights.masters)
@@ -174,7 +191,8 @@ def _rollout_programs(config, policy, mesh, weights):
         arrays = put_rows(engine.prefill_arrays(longest, images))
         args = (weights.rollout_params, pages, *arrays)
         yield _compile(name, decode.prefill, *args, policy=policy, fresh=fresh, resident=waiting)
-    yield _compile("fork", decode.fork, pages, slots.lengths, slots.lengths, mesh=mesh, resident=waiting)
+    resident = waiting + weights.rollout
+    yield _compile("fork", decode.fork, pages, slots.lengths, slots.lengths, mesh=mesh, resident=resident)
     yield _compile(
         "decode chunk",
         decode.decode,
@@ -192,44 +210,46 @@ def _rollout_programs(config, policy, mesh, weights):
     )
 
 
-def _update_programs(config, policy, mesh, weights):
+def _sft_programs(config, policy, mesh, weights):
+    loss_fn, batch, reads = _supervised(config, policy)
+    stepper = setup.make_stepper(config, policy, mesh, loss_fn, config.sft.optimizer, total_steps=1, reads=reads)
+    hyper = {"temperature": np.float32(1), "weight": np.float32(1)}
+    yield from _update_programs(stepper, mesh, weights, "sft", batch, hyper, waiting=0, prefix="SFT ")
+
+
+def _supervised(config, policy) -> tuple[LossFn, Any, Reads]:
+    """The loss of what the supervised loop learns, a micro-batch for it, and what it is given of the policy."""
+    rows, _ = pack_rows([], [], num_rows=config.sft.micro_rows, **setup.packing(config, policy.config, image_id=-1))
+    if config.dpo.pairs:
+        loss_fn = functools.partial(dpo.loss_fn, beta=config.dpo.beta)
+        return loss_fn, dpo.PairBatch(rows, np.zeros(rows.tokens.shape, np.float32)), "logprobs"
+    if config.reward_model.kind == "classic":
+        pairs = config.reward_model.objective == "pairs"
+        return reward_models.pairs_loss if pairs else reward_models.labels_loss, supervised.SFTBatch(rows), "scalars"
+    return supervised.loss_fn, supervised.SFTBatch(rows), "logprobs"
+
+
+def _rl_programs(config, policy, mesh, weights):
     objective = objectives.find(config.rl)
     loss_fn = functools.partial(rl.loss_fn, objective=objective)
     stepper = setup.make_stepper(config, policy, mesh, loss_fn, config.rl.optimizer, total_steps=1)
-    batch = _micro_batch(config, policy)
-    batch = setup.with_shardings(batch, sharding.row_shardings(mesh, batch))
+    batch = rl_micro_batch(config, policy.config)
     hyper = {"temperature": np.float32(1), "is_pi_i": True} | objective.hyper
+    waiting = weights.rollout + iteration_bytes(config, policy.config, mesh)
+    scored = waiting + (0 if config.rl.reset_optimizer else weights.moments("rl"))
+    rows = setup.with_shardings(batch.rows, sharding.row_shardings(mesh, batch.rows))
+    yield _compile("score", stepper.score, weights.params, rows, hyper["temperature"], resident=scored)
+    yield from _update_programs(stepper, mesh, weights, "rl", batch, hyper, waiting=waiting)
+
+
+def _update_programs(stepper, mesh, weights, stage: str, batch, hyper, *, waiting: int, prefix: str = ""):
+    batch = setup.with_shardings(batch, sharding.row_shardings(mesh, batch))
     acc = jax.eval_shape(stepper.zeros, weights.params, batch, hyper)
     acc = setup.with_shardings(acc, sharding.shardings(mesh, acc, sharding.TRAIN_RULES))
-    step = jax.ShapeDtypeStruct((), np.int32)
-    state = TrainState(weights.params, weights.opt_state, step)
-
-    waiting = weights.rollout + config.rl.updates * rl_rows(config, 1.0)[1] * bytes_per_device(batch)
-    scored = waiting + (0 if config.rl.reset_optimizer else weights.moments)
-    temperature = hyper["temperature"]
-    yield _compile("score", stepper.score, weights.params, batch.rows, temperature, resident=scored)
-    yield _compile(
-        "gradient", stepper.accumulate, acc, weights.params, batch, hyper, resident=waiting + weights.moments
-    )
-    yield _compile("optimizer", stepper.apply, state, acc, resident=waiting)
-
-
-def _micro_batch(config, policy) -> RLBatch:
-    """Any micro-batch: all have the same shapes."""
-    token = np.zeros(1, np.int32)
-    rollout = Rollout(0, token, np.zeros(1, np.float32), token, StopReason.END)
-    group = RolloutGroup(Problem("", "", "", ""), Prompt(token), (rollout, rollout))
-    [[batch]] = build_minibatches(
-        [group],
-        [np.zeros(2)],
-        [np.zeros(2)],
-        minibatches=1,
-        rows=config.rl.micro_rows,
-        responses=config.rl.micro_rows * config.rl.responses,
-        oldest_version=0,
-        **setup.packing(config, policy.config, image_id=-1),
-    )
-    return batch
+    state = TrainState(weights.params, weights.opt_states[stage], jax.ShapeDtypeStruct((), np.int32))
+    resident = waiting + weights.moments(stage)
+    yield _compile(f"{prefix}gradient", stepper.accumulate, acc, weights.params, batch, hyper, resident=resident)
+    yield _compile(f"{prefix}optimizer", stepper.apply, state, acc, resident=waiting)
 
 
 def _compile(name: str, function, *args, resident: int, **statics) -> Program:

@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -12,10 +14,12 @@ CONFIG = "--config=configs/quickstart.py"
 PUBLISHED = "--config=configs/rl_qwen25_1p5b_math.py"
 
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+
 def _train(*arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "scripts/train.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +32,7 @@ def _train(*arguments):
         ([CONFIG], "--workdir"),
         ([CONFIG, "--workdir=runs/x", "--topology=v5e:2x4"], "--dry_run"),
         (["--config=configs/quikstart.py", "--dry_run"], "configs/quickstart.py"),
+        (["--config", "configs/quikstart.py", "--dry_run"], "configs/quickstart.py"),
         (["--dry_run"], "configs/quickstart.py"),
         ([CONFIG, "--dryrun"], "dry_run"),
         ([CONFIG, "--workdir=runs/x", "--processes=2"], "--distributed, which is missing"),
@@ -44,10 +49,35 @@ def test_mistakes_are_told_in_one_line(arguments, told):
     assert line.startswith("Error: ") and told in line
 
 
+@pytest.mark.parametrize("name, told", [("taus", "Did you mean 'tau'?"), ("zzz", "trainers/config.py has them all")])
+def test_a_config_file_that_sets_what_there_is_not(name, told, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from kimi_jax.trainers.config import default_config\n\n\n"
+        f"def get_config():\n    config = default_config()\n    config.rl.{name} = 0.1\n    return config\n"
+    )
+    result = _train(f"--config={file}", "--dry_run")
+    assert result.returncode == 2
+    [line] = result.stderr.strip().splitlines()
+    assert line.startswith(f"Error: --config={file} sets '{name}', which there is not.") and told in line
+
+
 def test_traceback_on_request():
     result = _train(CONFIG, "--dry_run", "--config.rl.tau=-1", "--traceback")
     assert result.returncode == 1
     assert "Traceback" in result.stderr and "check_config" in result.stderr
+
+
+def test_ctrl_c_before_training_leaves_in_one_line(tmp_path):
+    command = [sys.executable, "scripts/train.py", CONFIG, f"--workdir={tmp_path}/run"]
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "run/config.json").exists():  # then problems are drawn
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "Left at once. What was saved is intact: the same command goes on from there.\n"
 
 
 def test_dry_run_prints_the_plan_with_the_overrides():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kimi_jax.tasks import TASKS, get_task, verify
+from kimi_jax.tasks import TASKS, get_task, get_verifier, verify
 from kimi_jax.tasks.base import (
     Task,
     extract_answer,
@@ -222,6 +222,7 @@ def test_a_record_becomes_a_problem(tmp_path):
         ({"answer": "  "}, r"'a 1': field 'answer' is empty; give it a value"),
         ({"difficulty": "5"}, r"'a 1': field 'difficulty' must be an integer, got str '5'"),
         ({"difficulty": True}, r"'a 1': field 'difficulty' must be an integer, got bool"),
+        ({"prompt": "\ud800?"}, r"'a 1': field 'prompt' has half of a surrogate pair"),
         ({"soluton": "s"}, r"'a 1': unknown field 'soluton'; allowed are id, .*rename"),
         ({"images": "x.png"}, r"'a 1': field 'images' must be a list"),
         ({"images": ["x.png"]}, r"'a 1': field 'prompt' has <image> 0 times and 'images' has 1 images"),
@@ -264,13 +265,28 @@ def test_reading_lines(tmp_path):
         ('{"id": "z"', r"problems.jsonl, line 3: Expecting"),
         ('{"id": "z"}', r"problems.jsonl, line 3: problem record 'z': field 'task' is missing"),
         (json.dumps(RECORD), r"problems.jsonl, line 3: problem record 'a 1': an earlier line has this id"),
+        (b'{"id": "\xe9"}', r"problems.jsonl, line 3: 'utf-8' codec can't decode byte 0xe9"),
+        ("[" * 100_000, r"problems.jsonl, line 3: maximum recursion depth"),
     ],
 )
 def test_errors_of_a_file_have_line_numbers(line, message, tmp_path):
     path = tmp_path / "problems.jsonl"
-    path.write_text(f"{json.dumps(RECORD)}\n\n{line}\n")
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(RECORD).encode() + b"\n\n" + line + b"\n")
     with pytest.raises(ValueError, match=message):
         read_problems(path)
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "."])
+def test_a_file_that_is_not_there_is_named(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file .* of problems, one JSON record per line"):
+        read_problems(tmp_path / name)
+
+
+@pytest.mark.parametrize("name, near", [("exakt", "exact"), ("chian", "chain"), ("?", ".+")])
+def test_get_verifier_names_the_nearest_of_all_that_judge(name, near):
+    with pytest.raises(ValueError, match=f"did you mean '{near}'.*chain, code, .*exact, math"):
+        get_verifier(name)
 
 
 def test_problems_of_files_have_verifiers_of_their_own():

@@ -154,7 +154,7 @@ def test_the_plan_counts_moments_and_gradients_of_adapters_alone():
     # A layer: q and o 128 x 128, k and v 128 x 64, three of 128 x 384. Each adapter lies in halves over fsdp or tensor.
     adapters = 4 * 16 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 384))
     assert weights.trained_bytes == 4 * adapters // 2
-    assert weights.moments == 2 * weights.trained_bytes + 4
+    assert weights.moments("rl") == 2 * weights.trained_bytes + 4
     whole = plan.Weights.of(text_config(**{"mesh.data": 2}), policy, plan.mesh_of_sizes(config, 8))
     assert weights.masters == whole.masters // 2 + weights.trained_bytes + 4  # and the scale
     text = plan.describe(config)

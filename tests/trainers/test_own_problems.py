@@ -26,6 +26,7 @@ def config(tmp_path, monkeypatch):
         "data.heldout_file": write(tmp_path / "heldout.jsonl", 5),
         "rewards.verifiers": (f"riddle={riddles.__name__}:verify",),
         "rewards.workers": 1,
+        "sft.examples_per_kind": 53,  # more than data.train_per_kind, which is not about files
         "sft.steps": 2,
         "sft.eval_every": 2,
         "rl.iterations": 1,
@@ -64,7 +65,7 @@ def test_a_verifier_that_fails_is_counted_and_never_a_zero(config, tmp_path, cap
         ({"rewards.verifiers": ("riddle",)}, "write 'task=module:function'"),
         ({"rewards.verifiers": ("riddle=no.such:verify",)}, "verifiers: .*'no.such:verify'.*No module named 'no'"),
         ({"rewards.verifiers": ("riddle=json:verify",)}, "there is no 'json:verify'"),
-        ({"rewards.verifiers": ()}, "no task is called 'riddle'"),
+        ({"rewards.verifiers": ()}, "Problem 'train 0': no task is called 'riddle'"),
         ({"rl.problems": 16}, "has 13 problems; there must be config.rl.problems=16"),
         ({"data.train_file": "nowhere.jsonl"}, "nowhere.jsonl"),
     ],
@@ -74,3 +75,9 @@ def test_what_cannot_work_is_refused_at_once(config, changes, told, tmp_path):
     with pytest.raises((ValueError, OSError), match=told):
         pipeline.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_solution_that_no_row_can_hold_is_named(config, tmp_path):
+    config.data.train_file = write(tmp_path / "long.jsonl", 7, solution="and so on " * 20)
+    with pytest.raises(ValueError, match=r"Problem 'long 0' has \d+ tokens with .*config.rows.tokens=64\. Raise"):
+        pipeline.run(config, tmp_path / "run")

@@ -148,6 +148,16 @@ def test_pairs_stay_together_and_their_loss_falls(here):
     assert metrics["pairs"] * 2 == metrics["tokens"] == rows.loss_mask.sum()
 
 
+def test_without_a_pair_there_is_no_accuracy_of_pairs():
+    score = lambda texts: np.array([len(text) for text in texts], float)  # noqa: E731
+    right, wrong = (
+        Problem("p", "equivalence", prompt, answer) for prompt, answer in (("long", "true"), ("x", "false"))
+    )
+    assert reward_models.pair_accuracy(score, [right, wrong]) == {"accuracy": 1.0, "n": 1}
+    found = reward_models.pair_accuracy(score, [right, right])
+    assert np.isnan(found["accuracy"]) and found["n"] == 0
+
+
 def test_a_response_is_judged_alike_beside_whatever_it_is_judged(judges):
     for judge in judges.values():
         again = [judge.read(TEXTS[i : i + 1])[0] for i in range(len(TEXTS))]

@@ -155,7 +155,7 @@ def test_a_run_goes_on_with_a_verifier_that_hangs_and_crashes(tmp_path, monkeypa
     changes = {
         "rewards.verifiers": (f"chain={faulty.__name__}:verify",),
         "rewards.workers": 2,
-        "rewards.deadline_s": 0.5,
+        "rewards.deadline_s": 1.0,
         "rl.iterations": 9,
         "rl.problems": 24,
         "rl.responses": 5,
@@ -172,7 +172,7 @@ def test_a_run_goes_on_with_a_verifier_that_hangs_and_crashes(tmp_path, monkeypa
             assert (record["outcome"], record["reward"]) == ("ungradable", None)
         else:
             assert record["outcome"] == verify(problem, record["response"]).outcome.value
-        told = {"hang": "deadline of 0.5 s", "exit": "exited with status 3", "crash": "died of SIGSEGV"}
+        told = {"hang": "deadline of 1 s", "exit": "exited with status 3", "crash": "died of SIGSEGV"}
         assert told.get(fate, "") in record["detail"]
     assert fates["hang"] > 3 and fates["exit"] + fates["crash"] > 1
     assert sum(row["missed_deadlines"] for row in metrics) == fates["hang"]

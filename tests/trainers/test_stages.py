@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from kimi_jax.data.loaders import trained_tokens
 from kimi_jax.models import paths
 from kimi_jax.trainers import pipeline, supervised
 from kimi_jax.trainers.config import check_config
@@ -135,6 +136,10 @@ def test_a_stage_that_is_stopped_ends_as_one_that_is_not(name, chain, tmp_path):
     here = dataclasses.replace(straight, workdir=tmp_path)
     jax.tree.map(np.testing.assert_array_equal, train(here, 1, 1), (begin, end))
     assert metrics(here) == metrics(straight)
+    with open(tmp_path / "sft_metrics.jsonl") as file:  # the first line is of updates 1 and 2, of two attempts
+        first = json.loads(file.readline())
+    timed = first["tokens_per_second"] * first["seconds_update"]
+    assert timed == pytest.approx(trained_tokens(supervised.sft(here).batches[1].rows))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 
+import jax
 import pytest
 
 from kimi_jax.models import config as models
@@ -50,9 +51,47 @@ def test_compiles_for_a_slice_and_fits():
     for name in ("prefill", "prefill on", "decode chunk"):
         assert programs[name].arguments >= cache + weights.rollout and programs[name].aliased >= cache, name
     assert programs["fork"].aliased >= cache and not programs["fork"].collectives
+    assert programs["fork"].resident == weights.masters + weights.rollout
+    # SFT: no copy of the weights beside its update; its moments beside the programs that write, while it is evaluated.
+    assert programs["SFT gradient"].arguments >= 2 * weights.masters
+    assert programs["SFT gradient"].resident == weights.moments("sft") and not programs["SFT optimizer"].resident
+    largest = max((programs[name] for name in ("prefill", "prefill on", "decode chunk")), key=lambda p: p.total)
+    assert programs["SFT evaluation"].peak == largest.peak + weights.moments("sft")
     assert gradient.collectives["all-gather"] and gradient.collectives["all-reduce"]
     assert chunk.collectives["all-reduce"]  # of the two tensor halves of each layer
     assert gradient.flops > 0 and gradient.temporaries > 0
+
+
+WRITING = ["hand-over", "prefill", "prefill on", "fork", "decode chunk"]
+UPDATE = ["SFT gradient", "SFT optimizer"]
+
+
+@pytest.mark.parametrize(
+    "changes, names",
+    [
+        ({"sft.steps": 0}, [*WRITING, "score", "gradient", "optimizer"]),
+        ({"rl.iterations": 0}, [*UPDATE, *WRITING]),
+        ({"rl.iterations": 0, "data.heldout_per_kind": 0}, UPDATE),
+        ({"reward_model.kind": "chain_of_thought"}, [*UPDATE, *WRITING]),
+        ({"reward_model.kind": "classic", "model.scalar_head": True}, UPDATE),
+        ({"reward_model.kind": "classic", "reward_model.objective": "pairs", "model.scalar_head": True}, UPDATE),
+        ({"rl.iterations": 0, "init": "run", "dpo.pairs": "file", "data.heldout_per_kind": 0}, UPDATE),
+    ],
+)
+def test_what_is_compiled_is_what_the_config_runs(changes, names, monkeypatch):
+    """On devices that are here, which take it for a topology; and no further than what is lowered."""
+    config = text_config(**{"mesh.data": 2} | changes)
+    monkeypatch.setattr(topology, "topology_devices", lambda name: jax.devices())
+    monkeypatch.setitem(topology.HBM, jax.devices()[0].device_kind, 1.0)
+    lowered = []
+
+    def lower(name, function, *args, resident, **statics):
+        lowered.append(function.lower(*args, **statics))
+        return topology.Program(name, 0.0, resident=resident)
+
+    monkeypatch.setattr(topology, "_compile", lower)
+    report = topology.compile_for_topology(config, "these")
+    assert [program.name for program in report.programs] == names and len(lowered) == len(names)
 
 
 @needs_libtpu
@@ -81,7 +120,7 @@ def test_heads_of_128_are_decoded_by_the_kernel_for_tpus(monkeypatch, num_kv_hea
     config = text_config(**{"mesh.data": 2, "model.size": "wide", "sampling.repetition.window": 8})
     mesh = plan.sharding.make_mesh(**config.mesh, devices=topology.topology_devices("v5e:2x4"))
     policy = plan.setup.make_policy(config, mesh, plan.setup.model_config(config, 384))
-    *_, chunk = topology._rollout_programs(config, policy, mesh, plan.Weights.of(config, policy, mesh))
+    *_, chunk = topology._rollout_programs(config, policy, mesh, plan.Weights.of(config, policy, mesh), moments=0)
     assert chunk.name == "decode chunk" and not chunk.error
     assert calls == [{"interpret": False}] * 2
     cache = 2 * 2 * 64 * 8 * 16 * max(num_kv_heads // 2, 1) * 128 * 2
@@ -95,7 +134,7 @@ def test_what_does_not_fit_says_by_how_much():
     devices = topology.topology_devices("v5e:2x4")
     mesh = plan.sharding.make_mesh(**config.mesh, devices=devices)
     policy = plan.setup.make_policy(config, mesh, plan.setup.model_config(config, 384))
-    programs = tuple(topology._rollout_programs(config, policy, mesh, plan.Weights.of(config, policy, mesh)))
+    programs = tuple(topology._rollout_programs(config, policy, mesh, plan.Weights.of(config, policy, mesh), moments=0))
     report = topology.Report("", topology.HBM[devices[0].device_kind], programs)
     assert not report.fits
     prefill = {program.name: program for program in programs}["prefill"]
