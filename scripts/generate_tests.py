@@ -121,12 +121,16 @@ def model_writer(args: argparse.Namespace) -> Callable[[list[str]], list[str]]:
     dtype = config.model.sampling_dtype or shape.dtype
     _, masters = sample.load_params(args, None, setup.params_like(config, policy, mesh), dtype)
     params = make_handover(policy, mesh, dtype=dtype)(masters, None)
+    engine = None
 
     def write(texts: list[str]) -> list[str]:
+        nonlocal engine
         prompts = [chat.encode_prompt(text, []) for text in texts]
         longest = max(len(prompt.tokens) for prompt in prompts)
-        changes = {"rows": args.rows, "pages": None, "prompt_tokens": longest, "max_tokens": args.max_tokens}
-        rollouts = setup.make_engine(config, mesh, policy, chat, **changes).generate(
+        if engine is None or engine.prompt_tokens < longest:  # each one is compiled anew
+            changes = {"rows": args.rows, "pages": None, "prompt_tokens": longest, "max_tokens": args.max_tokens}
+            engine = setup.make_engine(config, mesh, policy, chat, **changes)
+        rollouts = engine.generate(
             params,
             prompts,
             k=1,

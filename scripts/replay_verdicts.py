@@ -44,6 +44,8 @@ def replay(args: argparse.Namespace) -> list[tuple[dict, str, str]]:
         for record in MetricsWriter(path).read()
         if args.step in (None, record["step"]) and args.serial in (None, record["serial"])
     ]
+    if not records:
+        raise ValueError(f"{path} has no record of --step={args.step} and --serial={args.serial} (None: of any).")
     sys.path.append(os.getcwd())  # where config.rewards.verifiers may lie
     asked = [audit.question(record) for record in records]
     if options["judge"] == "policy":

@@ -125,9 +125,9 @@ class WorkerPool:
     # --- the rest runs in the pool's own thread -----------------------------------------------------------------------
 
     def _run(self) -> None:
-        self._template = self._new_template()
-        closed = "the pool failed"
+        closed, self._template = "the pool failed", None
         try:
+            self._template = self._new_template()
             while not self._closed:
                 self._step()
         except Exception as error:
@@ -135,10 +135,11 @@ class WorkerPool:
         finally:
             with self._lock:
                 self._closed = self._closed or closed
-            with contextlib.suppress(TemplateLost):
-                for worker in (*self._busy, *self._idle):
-                    self._template.bury(worker)
-            self._template.close()
+            if self._template:
+                with contextlib.suppress(TemplateLost):
+                    for worker in (*self._busy, *self._idle):
+                        self._template.bury(worker)
+                self._template.close()
             for job in (*self._busy.values(), *self._queue):
                 job.ticket.set_exception(RuntimeError(self._closed))
 

@@ -15,6 +15,8 @@ import gc
 import os
 import pickle
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +34,10 @@ _ENVIRONMENT = {
 }
 
 
+_STUCK_S = 10.0  # a worker that takes or sends nothing for so long in the middle of a message will never
+_LOST_S = 60.0  # a template that does not answer for so long is as good as dead
+
+
 class TemplateLost(Exception):
     """The template has died, and its workers with it."""
 
@@ -43,7 +49,9 @@ class Worker:
 
     def ask(self, payload: bytes) -> None:
         """payload: the pickled arguments of a call. Its answer is what `read` returns once `conn` is readable."""
-        with contextlib.suppress(OSError):  # it has just died, which reading will tell
+        with contextlib.suppress(
+            OSError
+        ):  # it has just died, which reading will tell, or is stuck: the deadline ends it
             self.conn.send_bytes(payload)
 
     def read(self) -> tuple[bool, Any]:
@@ -92,6 +100,7 @@ class Template:
     def spawn(self) -> Worker:
         """A new worker. Raises TemplateLost."""
         ours, theirs = connection.Pipe()
+        _bound_waits(ours)
         with theirs:
             self._send("spawn")
             with contextlib.suppress(OSError):
@@ -108,8 +117,9 @@ class Template:
     def close(self) -> str:
         """Ends the template, and on Linux its workers; says how it ended if it had before."""
         self.conn.close()
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # gone already
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process.returncode is None:  # not closed before
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # gone already
+                os.killpg(self._process.pid, signal.SIGKILL)
         return _ending(self._process.wait())
 
     def _send(self, order: Any) -> None:
@@ -118,9 +128,18 @@ class Template:
 
     def _receive(self) -> Any:
         try:
+            if not self.conn.poll(_LOST_S):
+                raise TemplateLost
             return self.conn.recv()
         except (EOFError, OSError) as error:
             raise TemplateLost from error
+
+
+def _bound_waits(conn: connection.Connection) -> None:
+    """Sending and receiving raise BlockingIOError where the other side is stuck, say, stopped by a signal."""
+    with socket.socket(fileno=os.dup(conn.fileno())) as handle:
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            handle.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", *divmod(int(_STUCK_S * 1e6), 10**6)))
 
 
 def _ending(status: int) -> str:

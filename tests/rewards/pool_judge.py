@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 from kimi_jax.types import Outcome, Problem, Verdict
@@ -57,6 +58,9 @@ def obey(problem: Problem, text: str) -> Verdict:
         case "orphan":  # itself: the process that made it dies
             os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(60)
+        case "stop":  # itself, when it has answered and waits
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+            return Verdict(Outcome.CORRECT, str(os.getpid()))
         case "exit":
             os._exit(int(argument))
         case "kill":

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from kimi_jax.rewards import workers
 from kimi_jax.rewards.pool import VerifierPool
 from kimi_jax.types import Outcome, Problem, Verdict
 
@@ -19,8 +20,8 @@ HERE = pathlib.Path(__file__).parent
 sys.path.append(str(HERE))
 from pool_judge import obey  # noqa: E402
 
-DEADLINE = 0.4
-MISSED = Verdict(Outcome.UNGRADABLE, "deadline of 0.4 s")
+DEADLINE = 1.0  # what no judgement takes on a busy machine, unless it was told to
+MISSED = Verdict(Outcome.UNGRADABLE, "deadline of 1 s")
 PROBLEM = Problem(id="p", task="t", prompt="p", answer="y")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -145,7 +146,7 @@ def test_only_the_time_of_the_judgement_counts():
     """Neither that in the queue, nor that of others in the same message, nor that without work."""
     with VerifierPool(obey, workers=1, deadline_s=DEADLINE) as pool:
         assert judged(pool, ["sleep 0.05"] * 29) == [obey(PROBLEM, "sleep 0.05")] * 29
-        time.sleep(1.3 * DEADLINE)
+        time.sleep(1.1 * DEADLINE)
         assert judged(pool, ["echo a"]) == [obey(PROBLEM, "echo a")]
         assert (pool.missed_deadlines, pool.crashes) == (0, 0)
 
@@ -207,6 +208,28 @@ def test_when_the_template_is_lost_there_is_another():
         assert lost.outcome == Outcome.UNGRADABLE and pool.crashes == 1
     assert before.outcome == after.outcome == Outcome.CORRECT
     assert before.detail.split()[-1] != after.detail.split()[-1]
+
+
+@on_linux
+def test_a_worker_that_stops_does_not_stop_the_pool(monkeypatch):
+    monkeypatch.setattr(workers, "_STUCK_S", 0.2)
+    with VerifierPool(obey, workers=1, deadline_s=DEADLINE) as pool:
+        pid = int(judged(pool, ["stop soon"])[0].detail)
+        wait_until(lambda: pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        text = "echo " + "a" * 10_000_019  # more than fits into the connection
+        assert judged(pool, [text, "echo b"]) == [MISSED, obey(PROBLEM, "echo b")]
+        assert (pool.missed_deadlines, pool.crashes) == (1, 0)
+
+
+@on_linux
+def test_a_template_that_stops_is_replaced(monkeypatch):
+    monkeypatch.setattr(workers, "_LOST_S", 0.2)
+    with VerifierPool(obey, workers=1, deadline_s=60.0) as pool:
+        template = int(judged(pool, ["origin"])[0].detail.split()[-1])
+        os.kill(template, signal.SIGSTOP)
+        lost, after = judged(pool, ["exit 3", "origin"])  # it should bury one and make another
+        assert lost.outcome == Outcome.UNGRADABLE and after.outcome == Outcome.CORRECT
+    assert not is_alive(template)
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
@@ -303,6 +326,15 @@ def obey_in_main(problem, text):
 
 
 obey_in_main.__module__, obey_in_main.__qualname__ = "__main__", "mine"
+
+
+def test_a_machine_that_starts_no_process_is_reported(monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError("no memory left")
+
+    monkeypatch.setattr(workers.subprocess, "Popen", refuse)
+    with VerifierPool(obey, workers=1, deadline_s=1.0) as pool, pytest.raises(RuntimeError, match="no memory left"):
+        judged(pool, ["echo a"])
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,11 @@ def test_by_the_reward_model_that_gave_them(workdir, monkeypatch, capsys):
     assert "serial 13: wrong then, correct now" in capsys.readouterr().out
 
 
+def test_a_record_that_is_not_there_is_named(workdir, capsys):
+    assert run(workdir, "--step=7") == 2
+    assert "has no record of --step=7" in capsys.readouterr().err
+
+
 def test_a_run_without_records_is_named(workdir, capsys):
     (workdir / "verdicts.jsonl").unlink()
     assert run(workdir) == 2

@@ -44,7 +44,10 @@ from kimi_jax.rewards.math_answer.units import DEGREE, UNITS
 
 _MAX_ITEMS = 60  # of a row without order
 _GROUPED = re.compile(r"\d,\d{3}(?!\d)")
-_CHOICE = re.compile(r"(?:(?i:option|choice|选项|选择|选)\s*)?(?:\(\s*([A-Ja-j])\s*\)|([A-J]))\s*(?:[.,:)].*)?", re.S)
+_CHOICE = re.compile(
+    r"(?:(?i:option|choice|选项|选择|选)\s*)?(?:\(\s*([A-Ja-j])\s*\)\s*(?:[.,:) ].*)?|([A-J])\s*(?:[.,:)].*)?)", re.S
+)
+_LETTER = re.compile(r"(?<![a-zA-Z])[A-J](?![a-zA-Z])|\(\s*[a-j]\s*\)")
 _EMPTY = Seq("{}", ())
 _REALS = Seq("()", (Op("neg", (Sym("∞"),)), Sym("∞")))
 _PHRASES: dict[str, Node] = {
@@ -70,7 +73,7 @@ def equivalent(reference: str, answer: str) -> bool:
     reply = spell(answer) if len(answer) <= MAX_CHARS else ""
     if not spelled or not reply:
         return False
-    if spelled.replace(" ", "") == reply.replace(" ", "") or _same_choice(spelled, reply):
+    if _dense(spelled) == _dense(reply) or _same_choice(spelled, reply):
         return True
     references = _readings(spelled)
     try:
@@ -81,7 +84,7 @@ def equivalent(reference: str, answer: str) -> bool:
         return True
     if references:
         return False
-    if _words(spelled) == _words(reply):
+    if _dense(_words(spelled)) == _dense(_words(reply)):
         return True
     value = fallback.worked_out(reference)
     return bool(value and answers) and any(_same_reading(r, a) for r in _readings(spell(value)) for a in answers)
@@ -104,18 +107,24 @@ def _readings(text: str) -> list[Node]:
 
 
 def _words(text: str) -> str:
-    """Text without case, punctuation and articles."""
-    words = re.sub(r"[.,;:!?\"'()\[\]{}]", " ", text.casefold()).split()
+    """Text without case, articles, and punctuation, but for brackets and points that belong to numbers in it."""
+    text = re.sub(r"[.,;:!?](?!\d)|[\"'{}]", " ", text.casefold()).strip()
+    words = re.sub(r"^\((.*)\)$", r"\1", text).split()
     return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
 
 
+def _dense(text: str) -> str:
+    """Text without white space, but for that between digits: 2 1/3 is not 21/3."""
+    return re.sub(r"(?<!\d) | (?!\d)", "", text)
+
+
 def _same_choice(reference: str, answer: str) -> bool:
-    """B = (B) = "B. Paris" = "option B"; a reference that is a letter may be the choice of an alternative."""
-    given = re.fullmatch(r"\(?([A-J])\)?", reference)
+    """B = (B) = "(B) Paris" = "B. Paris" = "option B"; a reference that is a letter may be that of an alternative."""
+    given = re.fullmatch(r"\(?([A-J])\)?|\(([A-J])\) .*", reference)
     chosen = _CHOICE.fullmatch(answer)
-    if not given or not chosen or len(re.findall(r"(?<![a-zA-Z])[A-J](?![a-zA-Z])", answer)) > 1:
+    if not given or not chosen or any(len(_LETTER.findall(text)) > 1 for text in (reference, answer)):
         return False
-    return (chosen[1] or chosen[2]).upper() == given[1]
+    return (chosen[1] or chosen[2]).upper() == (given[1] or given[2])
 
 
 def _same_reading(r: Node, a: Node) -> bool:
@@ -200,20 +209,32 @@ def _normal_relation(node: Rel) -> Node:
 
 
 def _name(node: Node) -> str | None:
-    """The name that a variable, or a segment AB, is."""
+    """The name that a variable, a segment AB, or a tuple of variables is."""
     if isinstance(node, Sym) and node.name not in ("π", "e", "∞"):
         return node.name
     if isinstance(node, Op) and node.name == "*" and all(isinstance(x, Sym) and x.name[0].isupper() for x in node.args):
         return " ".join(x.name for x in node.args if isinstance(x, Sym))
+    if isinstance(node, Seq) and node.brackets == "()" and all(isinstance(x, Sym) and _name(x) for x in node.items):
+        return ", ".join(x.name for x in node.items if isinstance(x, Sym))
+    return None
+
+
+def _one_by_one(node: Named) -> Seq | None:
+    """x = 1, y = 2 for (x, y) = (1, 2)."""
+    names = node.name.split(", ")
+    match node.value:
+        case Seq("()", values) if len(names) == len(values):
+            return Seq("", tuple(map(Named, names, values)))
     return None
 
 
 def _check_consistent(values: Sequence[Node], relations: Sequence[str]) -> None:
-    """ "3 = 5" says nothing."""
-    for relation, x, y in zip(relations, values, values[1:], strict=False):
-        if isinstance(x, Rel | Text) or free_symbols(x) or free_symbols(y) or _same(_normal(x), _normal(y)):
+    """ "3 = 5" says nothing, nor does "x = 3 = y = 5"."""
+    known = [value for value in values if not isinstance(value, Rel | Text) and not free_symbols(value)]
+    for x, y in zip(known, known[1:], strict=False):
+        if _same(_normal(x), _normal(y)):
             continue
-        if relation == "≈" and isinstance(x, Num | Op) and isinstance(y, Num | Op):
+        if "≈" in relations and isinstance(x, Num | Op) and isinstance(y, Num | Op):
             p, q = as_float(evaluate(x, {})), as_float(evaluate(y, {}))
             if abs(p - q) * 20 <= abs(p):
                 continue
@@ -266,11 +287,17 @@ def _same(r: Node, a: Node) -> bool:
         case Named(), Named():
             if r.name == a.name:
                 return _same(r.value, a.value)
+            if (ours := _one_by_one(r)) and (theirs := _one_by_one(a)):
+                return _same(ours, theirs)
             return _is_expression(r.value) and _is_expression(a.value) and _same_relation(_equation(r), _equation(a))
         case Named(), Rel():
             return _same_relation(_equation(r), a)
         case Rel(), Named():
             return _same_relation(r, _equation(a))
+        case Named(), Seq() if _names(a):
+            return _same(_one_by_one(r) or r.value, a)
+        case Seq(), Named() if _names(r):
+            return _same(r, _one_by_one(a) or a.value)
         case Named(), _:
             return _same(r.value, a)
         case _, Named():

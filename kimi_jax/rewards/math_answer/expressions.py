@@ -1,14 +1,14 @@
 """Whether two expressions are equal, by their values at chosen points."""
 
+import functools
 from collections.abc import Iterator
 from fractions import Fraction
 
 import mpmath
 
-from kimi_jax.rewards.math_answer.numbers import DIGITS, Number, Undefined, as_float, evaluate
+from kimi_jax.rewards.math_answer.numbers import DIGITS, TOLERANCE, Number, Undefined, as_float, evaluate
 from kimi_jax.rewards.math_answer.tree import Node, Num, Op, TooLarge, free_symbols, uses_i
 
-_TOLERANCE = mpmath.mpf(10) ** -35  # relative, of numbers of 60 digits
 _SUSPECT = mpmath.mpf(10) ** -20  # below this a value may be a zero that rounding hides; looked at with more digits
 _ZERO = mpmath.mpf(10) ** -150
 _MIN_SIGNIFICANT = 1000  # a decimal that stands for another number has 4 digits
@@ -25,19 +25,17 @@ def same_expression(r: Node, a: Node) -> bool:
         return False
     if not symbols or symbols == {"i"}:
         return _same_number(r, a)
-    chosen = list(points(symbols))
+    pairs: list[tuple[Number, Number]] = []
     if not (uses_i(r) or uses_i(a)):
-        pairs = [pair for values in chosen if (pair := _real_pair(r, a, values))]
-        if len(pairs) >= _MIN_POINTS:
-            return all(_close(x, y) for x, y in pairs)
-    values = [values for values in chosen if _has_value(r, values) and _has_value(a, values)]
-    return len(values) >= _MIN_POINTS and all(_close(evaluate(r, v), evaluate(a, v)) for v in values)
+        pairs = _pairs(r, a, real=True)
+    if len(pairs) < _MIN_POINTS:
+        pairs = _pairs(r, a, real=False)
+    return len(pairs) >= _MIN_POINTS and all(_close(x, y) for x, y in pairs)
 
 
 def proportional(f: Node, g: Node, *, signed: bool) -> bool:
     """Whether f = c g for a constant c ≠ 0, which is positive if `signed`."""
-    pairs = [pair for values in points(free_symbols(f)) if (pair := _real_pair(f, g, values))]
-    pairs = [(x, y) for x, y in pairs if x or y]
+    pairs = [(x, y) for x, y in _pairs(f, g, real=True) if x or y]
     if len(pairs) < _MIN_POINTS or not all(pairs[0]):
         return False
     x0, y0 = pairs[0]
@@ -49,7 +47,7 @@ def _times(x: Number, y: Number) -> Number:
 
 
 def _same_number(r: Node, a: Node) -> bool:
-    x, y = evaluate(r, {}), evaluate(a, {})
+    x, y = _value(r), _value(a)
     if _close(x, y) or _stands_for(r, x, y) or _stands_for(a, y, x):
         return True
     if isinstance(x, Fraction) and isinstance(y, Fraction) or max(abs(as_float(x)), abs(as_float(y))) > _SUSPECT:
@@ -94,29 +92,28 @@ def points(symbols: set[str]) -> Iterator[dict[str, Fraction]]:
         yield {name: (1 + 3 * part, part, -1 - 2 * part)[k % 3] for name, part in zip(names, parts, strict=False)}
 
 
-def _has_value(node: Node, values: dict[str, Fraction]) -> bool:
-    try:
-        return bool(mpmath.isfinite(as_float(evaluate(node, values))))
-    except Undefined:
-        return False
+def _pairs(f: Node, g: Node, *, real: bool) -> list[tuple[Number, Number]]:
+    """The values of two expressions where both have one: if `real`, ln x² = 2 ln x and √x √y = √(xy), but √x² ≠ x."""
+    symbols = frozenset(free_symbols(f) | free_symbols(g))
+    pairs = zip(_values(f, symbols, real), _values(g, symbols, real), strict=True)
+    return [(x, y) for x, y in pairs if x is not None and y is not None]
 
 
-def _real_pair(f: Node, g: Node, values: dict[str, Fraction]) -> tuple[Number, Number] | None:
-    """The values of two expressions where both are real: ln x² = 2 ln x, but √x² ≠ x."""
-    pair = []
-    for node in (f, g):
+# A row without order is compared item by item with another: each of them is worth computing once.
+_value = functools.lru_cache(maxsize=256)(lambda node: evaluate(node, {}))
+
+
+@functools.lru_cache(maxsize=256)
+def _values(node: Node, symbols: frozenset[str], real: bool) -> tuple[Number | None, ...]:
+    """At the chosen points; None where there is none."""
+    values: list[Number | None] = []
+    for at in points(set(symbols)):
         try:
-            value = evaluate(node, values)
+            value = evaluate(node, at, real=real)
         except Undefined:
-            return None
-        if isinstance(value, mpmath.mpc):
-            if abs(value.imag) > _TOLERANCE * abs(value.real):
-                return None
-            value = value.real
-        if not isinstance(value, Fraction) and not mpmath.isfinite(value):
-            return None
-        pair.append(value)
-    return pair[0], pair[1]
+            value = None
+        values.append(value if value is not None and mpmath.isfinite(as_float(value)) else None)
+    return tuple(values)
 
 
 def _close(x: Number, y: Number) -> bool:
@@ -125,4 +122,4 @@ def _close(x: Number, y: Number) -> bool:
     x, y = as_float(x), as_float(y)
     if not (mpmath.isfinite(x) and mpmath.isfinite(y)):
         return bool(x == y)
-    return bool(abs(x - y) <= _TOLERANCE * max(abs(x), abs(y)))
+    return bool(abs(x - y) <= TOLERANCE * max(abs(x), abs(y)))

@@ -13,12 +13,15 @@ _THOUGHT_ENDS = ("</think>", "◁/think▷", "</thinking>")
 _MAX_GAP = 40  # between boxes that are one answer
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{")
 _JOINT = re.compile(r"(?:\\[()\[\]]|\\text|[{}$,;.，、\s]|and|or|和|或|与|[a-zA-Z]\w?\s*=)*")
-_LINE = re.compile(r"(?:(?:\b(?i:answer)|答案)[*_]*\s*[:：]|^\s*\#{4})[ \t*_]*(.*)", re.M)
+_LINE = re.compile(r"(?:(?:\b(?i:answer)|答案)[*_]*\s*[:：]|^[ \t]*\#{4})[ \t*_]*(.*)", re.M)
 _NUMERAL = re.compile(r"-?\d[\d.,/ ]*")
+_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
+_PROSE = 3  # words: a line that has so many explains, rather than gives, an answer
+_JSON_DECODER = json.JSONDecoder(parse_float=str)  # with all of its digits
 _PHRASE = re.compile(
-    r"\b(?i:answer)\s+(?:(?!is\b|are\b)[\w-]+\s+){0,6}(?:is|are|equals)\s*:?\s*(?!not\b)(.+)"
-    r"|(?i:\bthe (?:result|value) is)\s*:?\s*(?!not\b)(.+)"
-    r"|答案(?:应该|应|就)?(?:是|为|等于|选)\s*[:：]?\s*(.+)"
+    r"\b(?i:answer)\s+(?:(?!is\b|are\b)[\w-]+\s+){0,6}(?:is|are|equals)\s*+(?::\s*+)?(?!not\b)(.+)"
+    r"|(?i:\bthe (?:result|value) is)\s*+(?::\s*+)?(?!not\b)(.+)"
+    r"|答案(?:应该|应|就)?(?:是|为|等于|选)\s*+(?:[:：]\s*+)?(.+)"
 )
 _PHRASE_END = re.compile(
     r"(?<!\d)\.(?=\s|$)|(?<=\d)\.(?=\s|$)|。|；|;\s|!(?=\s)|\b(?i:because|since|which|where|as|so|hence|by)\b|[，,](?=因为|所以|其中)"
@@ -30,14 +33,16 @@ _JSON_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"', re.S)
 def extract_answers(text: str) -> list[str]:
     """The final answers of a response, in the order of their appearance; each distinct text once.
 
-    Boxes, JSON and "Answer:" lines are taken together, for one response should say one thing. Phrases count only where
-    none of them is found, and the whole text only if it is one short line without any.
+    Boxes, JSON and "Answer:" lines are taken together, for one response should say one thing; but beside a box or JSON,
+    a line of prose ("Checking the answer: both sides are even.") says nothing. Phrases count only where none of them is
+    found, and the whole text only if it is one short line without any.
     Boxes that stand side by side ("\\boxed{1} and \\boxed{2}") are one answer of several values.
     """
     text = text[-MAX_RESPONSE_CHARS:]
     for end in _THOUGHT_ENDS:
         text = text.rpartition(end)[2]
-    found = [*_boxes(text), *_json_values(text), *_lines(text)]
+    found = [*_boxes(text), *_json_values(text)]
+    found += [line for line in _lines(text) if not found or len(_WORD.findall(line[1])) < _PROSE]
     if not found:
         found = _phrases(text)
     if not found and "\\boxed" not in text and "\n" not in text.strip() and len(text.strip()) <= _MAX_LINE:
@@ -62,7 +67,7 @@ def _boxes(text: str) -> list[tuple[int, str]]:
         else:
             groups.append((match.start(), [content]))
         before = end + 1
-    return [(start, ", ".join(contents)) for start, contents in groups]
+    return [(start, ", ".join(filter(str.strip, contents))) for start, contents in groups]
 
 
 def _closing_brace(text: str, start: int) -> int | None:
@@ -85,7 +90,7 @@ def _json_values(text: str) -> list[tuple[int, str]]:
             value = re.sub(r'\\([\\"])', r"\1", string[1])
         else:
             try:
-                decoded, _ = json.JSONDecoder().raw_decode(text[match.end() : match.end() + _MAX_LINE])
+                decoded, _ = _JSON_DECODER.raw_decode(text[match.end() : match.end() + _MAX_LINE])
             except (ValueError, RecursionError):
                 continue
             value = ", ".join(map(str, decoded)) if isinstance(decoded, list) else str(decoded)

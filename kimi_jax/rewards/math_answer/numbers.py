@@ -15,11 +15,13 @@ import mpmath
 from kimi_jax.rewards.math_answer.tree import Node, Num, Op, Quantity, Seq, Sym, TooLarge
 
 DIGITS = 60
+TOLERANCE = mpmath.mpf(10) ** -35  # relative, of numbers of 60 digits
 _EXACT_BITS = 1 << 15
 _MAX_LOG2 = 2.0**45  # of a floating-point number
+_LOST_BITS = 1000  # a term that is so much smaller than the other: 2^20000 + 1
 _MAX_ANGLE_BITS = 200  # of the argument of a periodic function
 _MAX_FACTORIAL = 10**6
-_EXACT_FACTORIAL = 2000
+_EXACT_FACTORIAL = 3000
 _MAX_DETERMINANT = 8
 
 Number = Any  # Fraction | mpmath.mpf | mpmath.mpc
@@ -29,12 +31,13 @@ class Undefined(ArithmeticError):
     """It has no value: 1/0, an equation, a symbol without a value."""
 
 
-def evaluate(node: Node, values: Mapping[str, Number]) -> Number:
+def evaluate(node: Node, values: Mapping[str, Number], *, real: bool = False) -> Number:
     """The value of an expression.
 
     Args:
         node: what was read.
         values: of the free symbols. π, e, i and ∞ have their own.
+        real: whether √x has no value for x < 0, nor has anything that it is part of.
 
     Returns:
         A Fraction if the value was reached by exact arithmetic, else an mpf or mpc of the current precision.
@@ -49,13 +52,14 @@ def evaluate(node: Node, values: Mapping[str, Number]) -> Number:
         case Sym(name):
             return _symbol(name, values)
         case Quantity(value, unit):
-            return _mul(evaluate(value, values), unit.factor)
+            return _mul(evaluate(value, values, real=real), unit.factor)
         case Op("determinant", rows):
-            return _determinant([[evaluate(x, values) for x in row.items] for row in rows if isinstance(row, Seq)])
+            cells = [[evaluate(x, values, real=real) for x in row.items] for row in rows if isinstance(row, Seq)]
+            return _determinant(cells)
         case Op(name, args):
-            numbers = [evaluate(arg, values) for arg in args]
+            numbers = [evaluate(arg, values, real=real) for arg in args]
             try:
-                return _OPERATIONS[name](*numbers)
+                return _real(_OPERATIONS[name](*numbers)) if real else _OPERATIONS[name](*numbers)
             except KeyError:
                 raise Undefined(f"{name} has no value") from None
             except TooLarge:
@@ -63,6 +67,15 @@ def evaluate(node: Node, values: Mapping[str, Number]) -> Number:
             except (ValueError, ZeroDivisionError, OverflowError, TypeError) as error:
                 raise Undefined(f"{name}: {error}") from error
     raise Undefined(f"a {type(node).__name__} has no value")
+
+
+def _real(x: Number) -> Number:
+    """Raises Undefined unless x is real, but for the rounding."""
+    if not isinstance(x, mpmath.mpc):
+        return x
+    if abs(x.imag) > TOLERANCE * abs(x.real):
+        raise Undefined("not real")
+    return x.real
 
 
 _CONSTANTS = {
@@ -106,7 +119,10 @@ def _add(*terms: Number) -> Number:
 def _add2(x: Number, y: Number) -> Number:
     if isinstance(x, Fraction) and isinstance(y, Fraction) and _bits(x) + _bits(y) < _EXACT_BITS:
         return x + y
-    return as_float(x) + as_float(y)
+    x, y = as_float(x), as_float(y)
+    if x and y and mpmath.isfinite(x) and mpmath.isfinite(y) and abs(_log2(x) - _log2(y)) > _LOST_BITS:
+        raise Undefined("a term is lost in the other")
+    return x + y
 
 
 def _mul(*factors: Number) -> Number:
@@ -247,9 +263,9 @@ _OPERATIONS = {
     "exp": _exp,
     "ln": _log,
     **{name: _periodic(getattr(mpmath, name)) for name in ("sin", "cos", "tan", "cot", "sec", "csc")},
-    "sinh": lambda x: _mul(_add(_exp(x), -_exp(-x)), Fraction(1, 2)),
-    "cosh": lambda x: _mul(_add(_exp(x), _exp(-x)), Fraction(1, 2)),
-    "tanh": lambda x: _mul(_add(_exp(x), -_exp(-x)), _inv(_add(_exp(x), _exp(-x)))),
+    "sinh": lambda x: (_exp(x) - _exp(-x)) / 2,
+    "cosh": lambda x: (_exp(x) + _exp(-x)) / 2,
+    "tanh": lambda x: (_exp(x) - _exp(-x)) / (_exp(x) + _exp(-x)),
     "arcsin": _periodic(mpmath.asin),
     "arccos": _periodic(mpmath.acos),
     "arctan": _periodic(mpmath.atan),

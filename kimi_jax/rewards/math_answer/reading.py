@@ -45,6 +45,7 @@ _MAX_DEPTH = 24  # each level of brackets takes about ten Python frames
 
 _WORDS = re.compile(r"(?=.*[a-zA-Z]{2})[a-zA-Z ,.'-]+")
 _FUNCTION_NAME = re.compile(r"[a-zA-Z](?:'+|\^\{?-1\}?|\^\{?\\prime\}?)?\([^()]+\)|\\frac\{d\w\}\{d\w\}|d\w/d\w")
+_PLAIN_FRACTION = re.compile(r"(?:\{(\d+)\}|(\d))(?:\{(\d+)\}|(\d))")  # what follows \frac
 _FUNCTIONS_AND_NAMES = {*FUNCTIONS, *NAMES}
 
 
@@ -61,7 +62,7 @@ def read(text: str, *, group_digits: bool = True) -> Node:
     """
     if len(text) > MAX_CHARS:
         raise TooLarge(f"more than {MAX_CHARS} characters")
-    if _WORDS.fullmatch(text) and not set(text.split()) <= _FUNCTIONS_AND_NAMES:
+    if _WORDS.fullmatch(text) and not set(re.findall("[a-zA-Z]{2,}", text)) <= _FUNCTIONS_AND_NAMES:
         return Text(text)  # "no" is not n times o
     parser = _Parser(tokenize(text, group_digits))
     node = parser.answer()
@@ -198,8 +199,9 @@ class _Parser(Cursor):
 
     def starts_factor(self) -> bool:
         token = self.peek()
-        if token.kind == "number":
-            return False  # "2 3" is neither
+        if token.kind == "number":  # "2 3" is neither
+            before = self.peek(-1)
+            return before.kind == "letter" or before.text in (")", "!")
         if token.kind == "letter":
             return True
         if token.kind == "word":
@@ -292,12 +294,11 @@ class _Parser(Cursor):
         if value.ulp or value.value.denominator != 1:
             return value
         if self.peek().text == "\\frac":
-            start = self.at
-            self.at += 1
-            top, bottom = self.group(), self.group()
-            if isinstance(top, Num) and isinstance(bottom, Num) and top.value < bottom.value:
-                return Op("+", (value, Op("/", (top, bottom))))
-            self.at = start
+            following = "".join(self.peek(i).text for i in range(1, 7))
+            plain = _PLAIN_FRACTION.match(following)
+            if plain and int(plain[1] or plain[2]) < int(plain[3] or plain[4]):
+                self.at += 1
+                return Op("+", (value, Op("/", (self.group(), self.group()))))
         a, slash, b = self.peek(), self.peek(1), self.peek(2)
         if a.kind == b.kind == "number" and a.spaced and slash.text == "/" and a.text.isdigit() and b.text.isdigit():
             self.at += 3
@@ -385,7 +386,8 @@ class _Parser(Cursor):
     def brackets(self, opening: str) -> Node:
         closers = ("}", "\\}") if opening in ("{", "\\{") else (")", "]")
         bars, self.bars = self.bars, int(opening == "\\{")  # {x | x > 1} multiplies nothing by a bar
-        if self.take(*closers):
+        if opening in ("{", "\\{") and self.take(*closers):
+            self.bars = bars
             return Seq("{}", ())
         if opening != "\\{" and self.peek().text == "\\rows":  # the brackets of a matrix
             matrix = self.atom()

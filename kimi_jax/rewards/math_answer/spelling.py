@@ -7,6 +7,10 @@ import re
 import unicodedata
 
 _SUPERSCRIPTS = {ord(c): d for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True)}
+_GREEK = (
+    "αβγδεζηκλνξρστυφχψω",
+    "alpha beta gamma delta epsilon zeta eta kappa lambda nu xi rho sigma tau upsilon phi chi psi omega",
+)
 _SUBSCRIPTS = {ord(c): d for c, d in zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True)}
 _CHARACTERS = str.maketrans(
     {
@@ -16,6 +20,7 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("、，", ","),
         **{"；": ";", "。": ".", "：": ":", "∶": ":", "≦": "≤", "≧": "≥", "⩽": "≤", "⩾": "≥", "≃": "≈", "≅": "≈"},
         **{"∅": "\\emptyset ", "ℝ": "\\reals ", "π": "\\pi ", "θ": "\\theta ", "⟨": "(", "⟩": ")", "º": "°", "’": "'"},
+        **{letter: f"\\{name} " for letter, name in zip(_GREEK[0], _GREEK[1].split(), strict=True)},
         **{"【": "[", "】": "]", "〔": "[", "〕": "]", "￥": "¥", "\u200b": "", "\ufeff": ""},
     }
 )
@@ -44,6 +49,8 @@ def spell(text: str) -> str:
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
     text = re.sub("[¼-¾⅐-⅞]", lambda m: "\\frac " + unicodedata.normalize("NFKC", m[0]).replace("⁄", " "), text)
     text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
+    text = re.sub(r"(?<=[\w)}\]])(?:\*\*|\s\*\*\s)(?=[\w(\\+-])", "^", text)
+    text = re.sub(r"(\.\d{4,}) ?(?:\.{3}|\\[lc]?dots(?![a-zA-Z]))", r"\1", text)  # a decimal that goes on
     text = (
         text.replace("**", " ")
         .replace("...", "\\dots ")
@@ -75,4 +82,4 @@ def spell(text: str) -> str:
     text = re.sub(r"<\s*=", "≤", text)
     text = re.sub(r">\s*=", "≥", text)
     text = text.replace("!=", "≠") if re.search(r"[a-zA-Z]\s*!=", text) else text
-    return " ".join(text.split()).rstrip(".,;: ").strip()
+    return " ".join(text.split()).rstrip(".,;:\\ ").strip()

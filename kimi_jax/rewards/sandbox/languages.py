@@ -56,7 +56,7 @@ _ENTRIES = (
         runtime_mb=128,
         threads=32,
         out_of_memory="java.lang.OutOfMemoryError",
-        naming=r"(?m)^\s*public\s+(?:(?:final|abstract)\s+)*class\s+(\w+)",
+        naming=r"(?m)^[ \t]*public\s+(?:(?:final|abstract)\s+)*class\s+(\w+)",
     ),
     Language(
         "cpp",

@@ -107,6 +107,7 @@ class LocalSandbox:
         check(request)
         self._check_languages(request)
         job = _Job(request, Future(), _size(request))
+        job.answer.set_running_or_notify_cancel()  # from now on it cannot be cancelled, which would cost a worker
         with self._lock:
             if self._closed:
                 raise RuntimeError("this LocalSandbox is closed; ask within its `with` block")
