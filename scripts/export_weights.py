@@ -32,7 +32,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard_gb", type=float, default=5.0, help="most gigabytes of a file (default: 5)")
     parser.add_argument("--overwrite", action="store_true", help="replace the model that is at OUT")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 0 < args.shard_gb < float("inf"):
+        parser.error(f"--shard_gb={args.shard_gb:g} must be a positive number")
+    return args
 
 
 def export(args: argparse.Namespace) -> dict:

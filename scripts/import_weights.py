@@ -31,7 +31,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard_gb", type=float, default=5.0, help="most gigabytes of a file (default: 5)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier import at OUT")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 0 < args.shard_gb < float("inf"):
+        parser.error(f"--shard_gb={args.shard_gb:g} must be a positive number")
+    return args
 
 
 def import_model(model: pathlib.Path, out: pathlib.Path, *, unused: Sequence[str], shard_bytes: int, overwrite: bool):
@@ -65,6 +68,8 @@ def import_model(model: pathlib.Path, out: pathlib.Path, *, unused: Sequence[str
     params = jax.block_until_ready(hf.load_params(model, like, unused=unused))
     read = time.perf_counter()
     hf.save_params(params, out / "hf", source=model, shard_bytes=shard_bytes, overwrite=overwrite)
+    if unused:  # who reads OUT need not name it again
+        (out / "hf" / hf.UNUSED).write_text(json.dumps(list(unused)) + "\n")
     return {
         "architecture": family.architecture,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),

@@ -219,9 +219,9 @@ def write_as_it_comes(rollouts: Iterable, write: Callable[[str], Any]):
     """Writes the text of a growing rollout, but no unfinished character at its end. Returns the last, whole rollout."""
     shown = 0
     for rollout in rollouts:
-        stable = rollout.text.rstrip(_INCOMPLETE)
-        write(stable[shown:])
-        shown = len(stable)
+        stable = rollout.text.rstrip(_INCOMPLETE)  # can be shorter than before: some vocabularies replace all of a
+        write(stable[shown:])  # run of bytes while one of its characters is unfinished
+        shown = max(shown, len(stable))
     write(rollout.text[shown:])  # what is broken at the end stays broken
     return rollout
 

@@ -165,8 +165,9 @@ class ChatTemplate:
             if not (after.startswith(before) and text.startswith(after)):
                 raise ValueError(
                     f"the chat template writes the conversation up to message {index} (assistant) otherwise when more "
-                    "follows, so what the assistant wrote cannot be told from the rest. Train on conversations that "
-                    "end there, or mark it in the template with {% generation %} ... {% endgeneration %}."
+                    "follows, or not behind the prompt that it makes for it, so what the assistant wrote cannot be "
+                    "told from the rest. Train on conversations that end there, or mark it in the template with "
+                    "{% generation %} ... {% endgeneration %}."
                 )
             users = _users_characters(whole)
             ends = [m.end() for e in end_texts for m in re.finditer(re.escape(e), after) if m.start() >= len(before)]

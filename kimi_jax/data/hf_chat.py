@@ -234,7 +234,7 @@ def load_chat_format(directory: str | os.PathLike, *, system: str = "", raw: boo
     if vocab_size is not None:
         tokenizer.check_vocab(vocab_size)
     reads_images = tokenizer.image_id != NO_IMAGES
-    around = [tokenizer.text_of(model[name]) if name in model else "" for name in _AROUND_IMAGES]
+    around = ["" if model.get(name) is None else tokenizer.text_of(model[name]) for name in _AROUND_IMAGES]
     image = tokenizer.text_of(tokenizer.image_id) if reads_images else ""
     template = None if raw else ChatTemplate.load(directory, tokenizer, **variables)
     written = [] if template is None else _end_of_turn(template, tokenizer)

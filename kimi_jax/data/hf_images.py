@@ -116,6 +116,8 @@ class ImageProcessor:
     @classmethod
     def from_config(cls, options: Mapping[str, Any], model: Mapping[str, Any]) -> "ImageProcessor":
         """options: of the processor, those left out as in Qwen2-VL. model: config.json; {}: no windows, no checks."""
+        # null is no for a switch, and leaves out anything else
+        options = {name: value for name, value in options.items() if value is not None or name.startswith("do_")}
         size = options.get("size") or {}
         pixels = {}
         for name, edge, default in (

@@ -113,9 +113,7 @@ class HFTokenizer:
         if "added_tokens_decoder" not in config:  # older directories have these two files instead
             config |= {name: value for name, value in read_json(directory / "special_tokens_map.json").items() if value}
             added = read_json(directory / "added_tokens.json")
-            config["added_tokens_decoder"] = {
-                index: {"content": text, "special": False, "normalized": True} for text, index in added.items()
-            }
+            config["added_tokens_decoder"] = {index: {"content": text} for text, index in added.items()}
         names = {name: _content(config[name]) for name in _NAMES if config.get(name)}
         _add_tokens(backend, config, names.values())
         if not (directory / "tokenizer.json").is_file():

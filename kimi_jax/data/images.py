@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kimi_jax.types import ImagePatches
 
@@ -69,8 +69,9 @@ def decode_image(data: bytes, *, name: str) -> np.ndarray:
             image.load()
             upright = ImageOps.exif_transpose(image)
     except Exception as error:  # decoders of damaged files raise whatever they stumble over
+        why = "it is in no known format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(
-            f"image {name} ({len(data)} bytes) cannot be decoded: {error}; save it again as PNG or JPEG"
+            f"image {name} ({len(data)} bytes) cannot be decoded: {why}; save it again as PNG or JPEG"
         ) from error
     if upright.mode.startswith(("I", "F")):
         raise ValueError(f"image {name} has pixels of mode {upright.mode!r}; save it with 8 bits per channel")

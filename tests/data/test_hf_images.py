@@ -79,6 +79,7 @@ def test_modes(mode, tmp_path):
     [
         {"do_normalize": False},
         {"do_rescale": False, "do_normalize": False},
+        {"do_normalize": None},  # null is no
         {"resample": 2, "rescale_factor": 1 / 127},
         {"image_mean": 0.3, "image_std": [0.2, 0.3, 0.4], "merge_size": 3, "temporal_patch_size": 3},
     ],
@@ -86,6 +87,11 @@ def test_modes(mode, tmp_path):
 def test_options(options):
     assert_same(*processors(QWEN2_5 | options), noise(89, 131))
     assert_same(*processors(QWEN2_5 | {"do_resize": False}), noise(56, 84))
+
+
+def test_null_leaves_a_setting_out():
+    names = ("image_mean", "image_std", "rescale_factor", "resample", "patch_size", "size", "min_pixels")
+    assert ImageProcessor.from_config(dict.fromkeys(names), {}) == ImageProcessor.from_config({}, {})
 
 
 def test_positions_and_merge_blocks():

@@ -141,6 +141,15 @@ def test_a_begin_token_and_late_additions(backend, tmp_path):
         HFTokenizer.load(write(tmp_path, config))
 
 
+def test_an_old_list_of_added_tokens_takes_nothing_from_a_tokenizer_json(backend, tmp_path):
+    added = {token.content: index for index, token in backend.get_added_tokens_decoder().items()} | {"<new>": 353}
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    ours = HFTokenizer.load(write(tmp_path, config, added_tokens=added, special_tokens_map={"eos_token": "<|im_end|>"}))
+    assert ours.special_ids.keys() == set(SPECIAL)
+    assert_same(ours, transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path), [*TEXTS, "a <new>b"])
+
+
 def test_vocab_and_merges(backend, tmp_path):
     backend.model.save(str(tmp_path))
     added = {

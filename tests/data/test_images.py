@@ -100,7 +100,7 @@ def test_errors_name_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="no image file at .*nowhere.png"):
         load_image(tmp_path / "nowhere.png")
     (tmp_path / "text.png").write_text("not a picture")
-    with pytest.raises(ValueError, match="text.png.*cannot be decoded"):
+    with pytest.raises(ValueError, match="text.png.*cannot be decoded: it is in no known format; save"):
         load_image(tmp_path / "text.png")
     buffer = io.BytesIO()
     Image.fromarray(random_image(31, 37)).save(buffer, "PNG")

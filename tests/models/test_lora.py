@@ -1,7 +1,6 @@
 """Adapters against the model that they are merged into: the same numbers, and gradients by the chain rule."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from kimi_jax.models import lora, paths
 from kimi_jax.models.policy import Policy
 from tests.helpers import (
     CONFIG,
-    QUICK_COMPILE,
+    OPTIMIZED,
     assert_trees_close,
     pack,
     random_adapters,
@@ -44,7 +43,7 @@ def loss():
     def value(params):
         return jnp.sum(weights * POLICY.logprobs(params, rows, temperature=0.7, logits_chunk=48)[0])
 
-    return functools.partial(jax.jit, compiler_options=QUICK_COMPILE)(jax.value_and_grad(value))
+    return jax.jit(jax.value_and_grad(value))
 
 
 def exactly_merged(params):
@@ -91,6 +90,7 @@ def test_gradients_are_those_of_the_merged_matrices_by_the_chain_rule(params, lo
 
 
 def test_a_model_with_new_adapters_is_the_model_bit_for_bit(loss):
+    loss = jax.jit(loss.__wrapped__, compiler_options=OPTIMIZED)  # else two programs may round in different places
     base = random_params(CONFIG)
     adapters = lora.init(base, jax.random.key(3), rank=5, alpha=32.0, targets=[PROJECTION])
     (value, grads), (before, before_grads) = loss(base | {"lora": adapters}), loss(base)

@@ -13,7 +13,7 @@ from kimi_jax.models import layers
 from kimi_jax.models.config import KEEPABLE
 from kimi_jax.models.policy import Policy
 from kimi_jax.types import Example
-from tests.helpers import CONFIG, IMAGE_ID, QUICK_COMPILE, assert_trees_close, pack, random_params, random_prompt
+from tests.helpers import CONFIG, IMAGE_ID, assert_trees_close, pack, random_params, random_prompt
 
 ROW_TOKENS, ROW_PATCHES = 33, 40
 TEMPERATURE = 0.7
@@ -143,7 +143,7 @@ def packed(plan=None, examples=None):
     return rows, weights, placements
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "logits_chunk"), compiler_options=QUICK_COMPILE)
+@functools.partial(jax.jit, static_argnames=("policy", "logits_chunk"))
 def evaluate(params, rows, weights, *, policy, logits_chunk):
     """Log-probs, entropy, and the gradient of Σ weights · log-probs."""
 
@@ -208,7 +208,7 @@ def test_reading_in_pieces_and_token_by_token_matches_float64_numpy(config):
     B, M = len(lengths), -(-ROW_TOKENS // p)
     table = 1 + np.random.default_rng(2).permutation(B * M).reshape(B, M).astype(np.int32)
     pages = jax.tree.map(lambda page: page + 1e3, policy.new_pages(1 + B * M, p))  # what stood there before
-    prefill = jax.jit(policy.prefill, static_argnames="fresh", compiler_options=QUICK_COMPILE)
+    prefill = jax.jit(policy.prefill, static_argnames="fresh")
     cuts = (0, 7, ROW_TOKENS)
     for begin, end in zip(cuts, cuts[1:], strict=False):
         piece = slice(begin, end)
@@ -223,7 +223,7 @@ def test_reading_in_pieces_and_token_by_token_matches_float64_numpy(config):
             loss_mask=None,
         )
         pages = prefill(params, pages, part, table, fresh=begin == 0)
-    decode = jax.jit(policy.decode, compiler_options=QUICK_COMPILE)
+    decode = jax.jit(policy.decode)
     for positions in (lengths - 2, lengths - 1):
         logits, pages = decode(params, pages, table, rows.tokens[np.arange(B), positions], positions)
         log_p = jax.nn.log_softmax(logits / TEMPERATURE)
@@ -246,7 +246,7 @@ def test_a_norm_rounds_alike_with_the_masters_and_with_what_is_handed_over_to_sa
 def test_the_scalar_head_matches_numpy_and_is_missed_when_absent():
     params = random_params(UNTIED)
     rows, _, placements = packed()
-    scalars = jax.jit(Policy(UNTIED).scalars, compiler_options=QUICK_COMPILE)(params, rows)
+    scalars = jax.jit(Policy(UNTIED).scalars)(params, rows)
     exact = jax.tree.map(np.float64, params)
     for index, (row, start) in placements.items():
         expected = linear(exact["decoder"]["ends"]["scalar_head"], numpy_hidden(UNTIED, exact, EXAMPLES[index]))[:, 0]
@@ -354,6 +354,6 @@ def test_one_model_reads_text_alone_without_patches(params, base):
     rows, _, placements, logprobs, _, _ = base
     text, placed = pack([EXAMPLES[0]], [[0]], row_tokens=ROW_TOKENS, row_patches=0)
     read = lambda p: POLICY.logprobs(p, text, temperature=TEMPERATURE, logits_chunk=ROW_TOKENS)  # noqa: E731
-    out, _ = jax.jit(read, compiler_options=QUICK_COMPILE)(params)
+    out, _ = jax.jit(read)(params)
     n = len(EXAMPLES[0].tokens) - 1
     np.testing.assert_allclose(out[0, :n], logprobs[spans(placements, 0)], atol=1e-5)

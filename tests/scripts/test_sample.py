@@ -170,6 +170,14 @@ def test_only_finished_characters_are_shown():
     assert [piece for piece in pieces if piece] == ["a", "é", "b", "\ufffd\ufffd"]
 
 
+def test_a_character_that_is_shown_is_not_shown_again():
+    """Where bytes stand for characters (Llama 2), one unfinished character takes those beside it with it."""
+    pieces = []
+    texts = ["aé", "a\ufffd\ufffd\ufffd", "aé左", "a" + 6 * "\ufffd", "aé左b"]
+    sample.write_as_it_comes([types.SimpleNamespace(text=text) for text in texts], pieces.append)
+    assert "".join(pieces) == "aé左b" and pieces[0] == "aé"
+
+
 # --- published models -----------------------------------------------------------------------------------------------
 
 WRITTEN = 19  # tokens

@@ -1,6 +1,7 @@
 """Published model -> checkpoint -> published model, and a run exported midway, by the commands themselves."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,29 @@ def test_export_of_an_import_is_the_published_directory(published, tmp_path, cap
     assert run(import_weights, capsys, model=published, out=tmp_path / "ckpt", overwrite=True)[0] == 0
     status, _, err = run(export_weights, capsys, checkpoint=tmp_path / "ckpt", out=tmp_path / "new", step=3)
     assert status == 2 and "no steps" in err
+
+
+def test_what_may_stay_unread_is_named_once(published, tmp_path, capsys):
+    model = shutil.copytree(published, tmp_path / "model")
+    values = json.loads((model / "config.json").read_text()) | {"our_note": "x"}
+    (model / "config.json").write_text(json.dumps(values))
+    status, _, err = run(import_weights, capsys, model=model, out=tmp_path / "ckpt")
+    assert status == 2 and "--unused=our_note" in err
+    assert run(import_weights, capsys, model=model, out=tmp_path / "ckpt", unused="our_*")[0] == 0
+    hf.copy_side_files(tmp_path / "ckpt" / "hf", tmp_path / "run" / "hf")  # as a run does
+    for place in (tmp_path / "ckpt" / "hf", tmp_path / "run" / "hf"):
+        assert hf.read_config(place)[1] == hf.read_config(published)[1]
+        (place / "config.json").write_text(json.dumps(values | {"their_note": "y"}))
+        with pytest.raises(ValueError, match="their_note"):
+            hf.read_config(place)
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
+def test_the_size_of_shards_must_be_one(size, tmp_path, capsys):
+    for script, flag in ((import_weights, "model"), (export_weights, "checkpoint")):
+        with pytest.raises(SystemExit):
+            script.main([f"--{flag}={tmp_path}", f"--out={tmp_path}", f"--shard_gb={size}"])
+        assert "must be a positive number" in capsys.readouterr().err
 
 
 def start_run(workdir, published, *, rank):

@@ -116,8 +116,8 @@ def match(
         near = _near(canonical(family, unknown[0].name), missing or places)
         raise ValueError(
             f"{unknown[0].path}: tensor {unknown[0].name!r} belongs to nothing that config.json speaks of "
-            f"({len(unknown)} such; the nearest that is expected is {near!r}). If it is not needed, name it: "
-            f"unused=({unknown[0].name!r},)."
+            f"({len(unknown)} such; the nearest that is expected is {near!r}). If it is not needed, import it with "
+            f"--unused={unknown[0].name}, or name it: unused=({unknown[0].name!r},)."
         )
     if missing:
         there = next(iter(entries.values())).path.parent if entries else "The directory"

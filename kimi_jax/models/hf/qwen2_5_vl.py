@@ -26,10 +26,11 @@ def _tower(options: Options, out_width: int) -> VisionConfig:
     shared = tower_config(options, out_width)
     options.expect("spatial_patch_size", shared["patch_size"])
     options.take("tokens_per_second", None)  # of videos
+    listed = options.require("fullatt_block_indexes")  # of smaller towers, often still those of the published ones
     return VisionConfig(
         patch_bias=False,
         window=options.require("window_size") // (shared["patch_size"] * shared["merge_size"]),
-        full_layers=tuple(options.require("fullatt_block_indexes")),
+        full_layers=tuple(layer for layer in range(shared["num_layers"]) if layer in listed),
         **shared,
     )
 

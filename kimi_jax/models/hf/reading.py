@@ -116,5 +116,5 @@ def _check_copy(copy: Entry, original: Entry) -> None:
     if not same:
         raise ValueError(
             f"{copy.path}: config.json ties {copy.name!r} to {original.name!r}, but they differ. Correct "
-            f"tie_word_embeddings, or name the one that is not needed: unused=({copy.name!r},)."
+            f"tie_word_embeddings, or import without the second: --unused={copy.name}, unused=({copy.name!r},)."
         )

@@ -17,7 +17,6 @@ from kimi_jax.models.layers import rope_frequencies  # noqa: E402
 from kimi_jax.sampling.engine import Engine  # noqa: E402
 from kimi_jax.sampling.logits import SamplingSettings  # noqa: E402
 from kimi_jax.types import Prompt  # noqa: E402
-from tests.helpers import QUICK_COMPILE  # noqa: E402
 from tests.models.hf import oracle  # noqa: E402
 
 
@@ -31,9 +30,7 @@ def test_logits_at_every_position_and_gradients_of_every_parameter(case, root):
     directory, model = oracle.saved(case, root)
     policy, params = oracle.load(directory)
     tokens = oracle.sequences(policy.config.vocab_size)
-    grad = jax.jit(
-        jax.value_and_grad(functools.partial(oracle.our_loss, policy), has_aux=True), compiler_options=QUICK_COMPILE
-    )
+    grad = jax.jit(jax.value_and_grad(functools.partial(oracle.our_loss, policy), has_aux=True))
     (loss, logits), grads = grad(params, oracle.rows(tokens))
     for ours, theirs in zip(oracle.split(logits, tokens), oracle.their_logits(model, tokens), strict=True):
         theirs = theirs.detach().numpy()

@@ -25,7 +25,6 @@ from kimi_jax.sampling.engine import Engine  # noqa: E402
 from kimi_jax.sampling.logits import SamplingSettings  # noqa: E402
 from kimi_jax.training import sharding  # noqa: E402
 from kimi_jax.types import Example, ImagePatches, Prompt, Request  # noqa: E402
-from tests.helpers import QUICK_COMPILE  # noqa: E402
 from tests.models.hf import oracle  # noqa: E402
 
 IMAGE_ID = 5
@@ -193,9 +192,7 @@ def test_packed_logits_at_every_position_and_gradients_of_every_parameter(case, 
     made = sequences(policy.config)
     examples = [trained_on_text(prompt) for prompt, _ in made]
     rows, placements = packed(policy, examples, row_tokens=96, row_patches=180)
-    grad = jax.jit(
-        jax.value_and_grad(functools.partial(oracle.our_loss, policy), has_aux=True), compiler_options=QUICK_COMPILE
-    )
+    grad = jax.jit(jax.value_and_grad(functools.partial(oracle.our_loss, policy), has_aux=True))
     (loss, logits), grads = grad(params, rows)
     model.zero_grad()
     their_loss, count = 0.0, 0
@@ -289,9 +286,7 @@ def test_sampler_and_trainer_agree_on_log_probs_of_a_group_that_shares_its_promp
             examples.append(Example(tokens, trained, prompt.images))
             rollouts.append(rollout)
     rows, placements = packed(policy, examples, row_tokens=256, row_patches=180)
-    score = jax.jit(
-        functools.partial(policy.logprobs, temperature=1.0, logits_chunk=256), compiler_options=QUICK_COMPILE
-    )
+    score = jax.jit(functools.partial(policy.logprobs, temperature=1.0, logits_chunk=256))
     logprobs, _ = score(params, jax.tree.map(jnp.asarray, rows))
     for i, (row, start) in placements.items():
         at = start + len(examples[i].tokens) - len(rollouts[i].tokens) - 1
@@ -317,7 +312,7 @@ def test_rounding_of_bfloat16_is_no_worse_than_theirs(case, root):
     rows, placements = packed(policy, [trained_on_text(p) for p, _ in made], row_tokens=96, row_patches=180)
     low = dataclasses.replace(policy, config=dataclasses.replace(policy.config, dtype="bfloat16"))
     rounded = jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(jnp.float32), params)
-    logits = jax.jit(functools.partial(oracle.our_logits, low), compiler_options=QUICK_COMPILE)(rounded, rows)
+    logits = jax.jit(functools.partial(oracle.our_logits, low))(rounded, rows)
     theirs = copy.deepcopy(model).to(torch.bfloat16)
     exact = copy.deepcopy(theirs).to(torch.float32)
     errors = []

@@ -130,6 +130,8 @@ def test_options_of_a_decoder_may_stand_at_the_top_in_a_part_or_at_both_places()
     }
     assert read(outer | {"text_config": part}) == ours
     assert read(flat | {"num_hidden_layers": 7, "text_config": part}) == ours
+    flat["vision_config"]["fullatt_block_indexes"] = [31, 1, 7]
+    assert read(flat) == ours
     with pytest.raises(ValueError, match="option only_at_the_top=3 is unknown"):
         read(flat | {"only_at_the_top": 3, "text_config": part})
 
