@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-import unittest.mock
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,16 @@ CONFIG = ModelConfig(
     qk_norm=True,
     vision=VISION,
 )
-# For programs of which only the numbers matter: compiles twice as fast, and runs slower.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# As for users, whatever the other programs of the tests are compiled with.
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 PACKING = dict(patch_dim=VISION.patch_dim, merge=VISION.merge_size, image_id=IMAGE_ID)
+
+
+def one_device() -> dict[str, str]:
+    """The environment of a process on one device that imports this code."""
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    root = str(pathlib.Path(__file__).parents[1])
+    return os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> dict:
@@ -169,18 +177,16 @@ def rl_stepper(
     from kimi_jax.trainers.config import default_config
     from kimi_jax.trainers.rl import loss_fn
 
-    quick = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
-    with unittest.mock.patch.object(jax, "jit", quick):
-        return Stepper(
-            policy=policy,
-            loss_fn=functools.partial(loss_fn, objective=objectives.find(default_config().rl)),
-            optimizer=optimizer,
-            schedule=lambda step: jnp.float32(rate),
-            clip_norm=clip_norm,
-            logits_chunk=16,
-            moments_sharding=moments_sharding,
-            trained=trained,
-        )
+    return Stepper(
+        policy=policy,
+        loss_fn=functools.partial(loss_fn, objective=objectives.find(default_config().rl)),
+        optimizer=optimizer,
+        schedule=lambda step: jnp.float32(rate),
+        clip_norm=clip_norm,
+        logits_chunk=16,
+        moments_sharding=moments_sharding,
+        trained=trained,
+    )
 
 
 def run_updates(

@@ -20,7 +20,6 @@ from kimi_jax.models import hf, paths  # noqa: E402
 from kimi_jax.models.hf.placement import place  # noqa: E402
 from kimi_jax.trainers import dpo  # noqa: E402
 from kimi_jax.types import Example  # noqa: E402
-from tests.helpers import QUICK_COMPILE  # noqa: E402
 from tests.models.hf import oracle  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -74,10 +73,10 @@ def test_loss_and_gradients(tmp_path):
     packing = dict(row_tokens=ROW, row_patches=0, patch_dim=0, merge=1, image_id=-1)
     rows, _ = pack_rows(sides, [[0, 1, 2, 3], [4, 5]], num_rows=2, **packing)
     logprobs = lambda p: policy.logprobs(p, rows, temperature=1.0, logits_chunk=ROW)[0]  # noqa: E731
-    batch = dpo.PairBatch(rows, jax.jit(logprobs, compiler_options=QUICK_COMPILE)(reference))
+    batch = dpo.PairBatch(rows, jax.jit(logprobs)(reference))
     hyper = {"weight": jnp.float32(1 / dpo.num_pairs(rows))}
     loss_fn = lambda p: dpo.loss_fn(logprobs(p), batch, hyper, beta=BETA)  # noqa: E731
-    (loss, parts), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True), compiler_options=QUICK_COMPILE)(params)
+    (loss, parts), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
 
     # Theirs: padded side by side.
     trainer = their_trainer(moved, start, tmp_path)

@@ -1,12 +1,13 @@
 """The notebooks run from top to bottom, with tiny values in the cell that is tagged "parameters"."""
 
-import os
 import pathlib
 import re
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from tests.helpers import one_device
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = {
@@ -40,11 +41,8 @@ def test_every_notebook_is_run():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_notebook_runs(name, tmp_path, monkeypatch):
-    one_device = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "").strip()
-    # They compile more than they compute.
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    monkeypatch.setenv("XLA_FLAGS", f"{one_device} {quick}")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for variable, value in one_device().items():
+        monkeypatch.setenv(variable, value)
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     assert re.findall(r"^(\w+) =", parameters.source, re.MULTILINE) == list(TINY[name])

@@ -13,7 +13,6 @@ from kimi_jax.sampling.logits import SamplingSettings
 from kimi_jax.types import Request, StopReason
 from tests.helpers import (
     CONFIG,
-    QUICK_COMPILE,
     make_engine,
     pack,
     random_params,
@@ -26,7 +25,7 @@ RUN_KEY = jax.random.key(3)
 ENGINE = make_engine()
 M = ENGINE.max_tokens
 PROMPTS = random_prompts()
-HIDDEN = jax.jit(Policy(CONFIG).hidden, compiler_options=QUICK_COMPILE)
+HIDDEN = jax.jit(Policy(CONFIG).hidden)
 NEVER = CONFIG.vocab_size  # an id that no token has
 new_pages = Engine.new_pages
 

@@ -206,7 +206,8 @@ def test_expansion(workdir, files):
         (["--prefer=merit"], "needs a reward model"),
         (["--temperature=0"], "equal answers"),
         (["--keep=0"], "--keep=0"),
-        (["--judge=nowhere"], "must be the workdir of a reward model"),
+        (["--judge=nowhere"], "--judge='nowhere' must be the workdir of a reward model"),
+        (["--judge=rm", "--verifier=exact=own:verify"], "--judge=rm judges instead of --verifier=exact=own:verify"),
     ],
 )
 def test_sets_that_cannot_be_made(workdir, files, flags, told, capsys):

@@ -202,6 +202,13 @@ def test_select(tmp_path, capsys):
     assert found["frontier"][0]["accuracy"] == pytest.approx(0.55) and found["frontier"][0]["tokens"] == 65
     status, found, _ = run(capsys, "select", f"--out={tmp_path / 'f.png'}", long, merged, "--tolerance=0.25")
     assert found["init"] == str(merged / "checkpoints/merged/0")
+    # A checkpoint that looked good on the few problems of its run is measured again, and again.
+    for accuracy in (0.95, 0.6):
+        measured = {"checkpoint": str(long / "checkpoints/rl/20"), "results": {"text": result(accuracy, 100)}}
+        with open(long / "evaluations.jsonl", "a") as file:
+            file.write(json.dumps(measured) + "\n")
+    status, found, _ = run(capsys, "select", f"--out={tmp_path / 'f.png'}", long, merged)
+    assert status == 0 and found["points"] == 5 and found["init"] == str(long / "checkpoints/rl/40")
     status, _, err = run(capsys, "select", f"--out={tmp_path / 'g.png'}", long, empty)
     assert status == 2 and "no measurements on held-out problems" in err and "evaluate" in err
     assert not (tmp_path / "g.png").exists()

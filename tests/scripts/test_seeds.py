@@ -1,7 +1,9 @@
 """Which runs are started, and the table against numbers worked out by hand."""
 
 import json
+import os
 import pathlib
+import signal
 import subprocess
 
 import pytest
@@ -51,6 +53,13 @@ def test_seeds_that_are_done_are_not_run_again(tmp_path, started, capsys):
     written = json.loads((tmp_path / "seeds.json").read_text())
     assert written["seeds"] == [3, 4] and written["rows"][0]["gains"] == [50.0, 12.5]
     assert seeds.main(arguments) == 0 and len(started) == 1
+
+
+def test_ctrl_c_in_the_last_iteration_of_a_seed_stops_the_rest(tmp_path, started, monkeypatch):
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command: (os.kill(os.getpid(), signal.SIGINT), run(command))[1])
+    assert seeds.main(["--config=c.py", f"--workdir={tmp_path}", "--seeds=3,4"]) == 0
+    assert len(started) == 1 and (tmp_path / "seed-3" / "summary.json").exists()
 
 
 def test_a_stopped_seed_stops_the_rest(tmp_path, started):

@@ -1,7 +1,6 @@
 """Two processes with one device each, joined by jax.distributed, against one process: the same job."""
 
 import json
-import os
 import pathlib
 import socket
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import numpy as np
 
 from kimi_jax.training.checkpoint import Checkpointer
+from tests.helpers import one_device
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHORT = [
@@ -24,12 +24,10 @@ TIMINGS = ("seconds", "tokens_per_second")
 
 def start(workdir: pathlib.Path, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, ROOT / "scripts" / "train.py", "--config=tests/trainers/miniature.py"]
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiles faster
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [*command, f"--workdir={workdir}", *SHORT, *arguments],
         cwd=ROOT,
-        env=environment,
+        env=one_device(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 
-from kimi_jax import report
 from kimi_jax.data.packing import pack_rows
 from kimi_jax.models import hf, lora, paths
 from kimi_jax.models.hf.shards import read_directory
@@ -57,8 +56,6 @@ def run(request, tmp_path_factory):
     workdir, out, rows, params = root / "run", root / "exported", [], []
     with pytest.MonkeyPatch.context() as patch:
         miniature.prepare(patch)
-        for name in ("write_curves", "write_report"):
-            patch.setattr(report, name, lambda *args, **kwargs: None)
         for iterations in (1, 2) if family == "qwen2" else (1,):
             config.rl.iterations = iterations
             built = []

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import os
 import pathlib
 import re
 import signal
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 from kimi_jax.training.checkpoint import Checkpointer
+from tests.helpers import one_device
 from tests.trainers import miniature
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,6 @@ SETTINGS = {  # partial rollouts with all that they have to remember, and steps 
     "sampling.repetition.window": 5,
     "sampling.repetition.min_tokens": 1,
 }
-QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +40,7 @@ def environment(tmp_path_factory):
 
     A directory of its own for them: killing a process may leave one half written, which no other run should find.
     """
-    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
-    return os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{flags} {QUICK_COMPILE}".strip(),
+    return one_device() | {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -13,7 +13,6 @@ from kimi_jax.models.policy import Policy
 from kimi_jax.rewards.judges import ClassicJudge, CoTJudge
 from kimi_jax.trainers import pipeline, reward_models, rl, setup
 from kimi_jax.types import Outcome, Problem, Verdict
-from tests.helpers import QUICK_COMPILE
 from tests.trainers import miniature, riddles
 
 pytestmark = pytest.mark.slow
@@ -92,7 +91,7 @@ def test_what_a_run_says_of_itself(runs, kind):
 def test_a_score_is_the_scalar_at_the_last_token_of_the_prompt_alone(here):
     made, params = here
     scores = reward_models.scorer(made)(params, TEXTS)
-    scalars = jax.jit(Policy(made.policy.config).scalars, compiler_options=QUICK_COMPILE)
+    scalars = jax.jit(Policy(made.policy.config).scalars)
     for text, score in list(zip(TEXTS, scores, strict=True))[:2]:
         tokens = made.chat.encode_prompt(text, ()).tokens
         rows = made.engine.prefill_arrays(len(tokens), False)[0]
@@ -110,7 +109,7 @@ def test_the_label_cannot_be_seen_where_it_is_learnt(here):
     places = np.argwhere(rows.loss_mask) + [0, 1]  # where the label stands as a token
     assert (shown[tuple(places.T)] == rows.targets[rows.loss_mask]).all()
     shown[tuple(places.T)] = 1 - shown[tuple(places.T)]
-    scalars = jax.jit(made.policy.scalars, compiler_options=QUICK_COMPILE)
+    scalars = jax.jit(made.policy.scalars)
     flipped = dataclasses.replace(rows, tokens=shown)
     before, after = (np.asarray(scalars(params, jax.tree.map(np.asarray, r))) for r in (rows, flipped))
     np.testing.assert_array_equal(before[rows.loss_mask], after[rows.loss_mask])

@@ -19,7 +19,7 @@ from kimi_jax.losses.token import cross_entropy
 from kimi_jax.models.policy import Policy
 from kimi_jax.trainers import pipeline, setup, sources, supervised
 from kimi_jax.trainers.config import check_config, source
-from tests.helpers import CONFIG, QUICK_COMPILE, VISION, random_params
+from tests.helpers import CONFIG, VISION, random_params
 from tests.trainers import miniature
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def model(chat):
         logprobs, _ = policy.logprobs(params, rows, temperature=1.0, logits_chunk=LIMITS["row_tokens"])
         return cross_entropy(logprobs, rows.loss_mask, weight=1.0)[0], logprobs
 
-    return params, jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK_COMPILE)
+    return params, jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def pixels(rng):
