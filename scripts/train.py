@@ -13,6 +13,7 @@ import itertools
 import os
 import pathlib
 import re
+import signal
 import sys
 
 from absl import app, flags
@@ -121,7 +122,16 @@ def _ours(error: Exception) -> bool:
     return file.is_relative_to(root) and "site-packages" not in file.parts
 
 
+def _leave(number, frame):
+    """Ctrl-C before there is anything to save, or a second time. An exception could be lost, as it is in callbacks of
+    the garbage collector, and a print collide with the one that it interrupts."""
+    os.write(2, b"Left at once. What was saved is intact: the same command goes on from there.\n")
+    os._exit(130)
+
+
 def main() -> None:
+    if "--traceback" not in sys.argv:
+        signal.signal(signal.SIGINT, _leave)
     try:
         app.run(run, flags_parser=parse_flags)
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
@@ -134,11 +144,6 @@ def main() -> None:
             raise
         print(f"Error: {_OUT_OF_MEMORY}\n{str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # before there is anything to save, or the second one
-        if "--traceback" in sys.argv:
-            raise
-        print("Left at once. What was saved is intact: the same command goes on from there.", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

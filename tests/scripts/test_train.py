@@ -80,6 +80,21 @@ def test_ctrl_c_before_training_leaves_in_one_line(tmp_path):
     assert errors == "Left at once. What was saved is intact: the same command goes on from there.\n"
 
 
+def test_ctrl_c_is_heard_in_callbacks_of_the_garbage_collector():
+    """JAX has one. Python prints what is raised there, and goes on."""
+    code = (
+        "import gc, os, signal, sys; sys.path[:0] = ['scripts']; import train\n"
+        "def run(*_, **__):\n"
+        "    gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGINT))\n"
+        "    gc.collect()\n"
+        "    print('still here')\n"
+        "train.app.run = run\n"
+        "train.main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (130, "") and result.stderr.startswith("Left at once.")
+
+
 def test_dry_run_prints_the_plan_with_the_overrides():
     result = _train(CONFIG, "--dry_run", "--config.rl.problems=28", "--config.data.text_tasks=chain,")
     assert result.returncode == 0, result.stderr
