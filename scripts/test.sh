@@ -15,10 +15,10 @@ set_up .venv "$python" "${extras[@]}"
 export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1
 .venv/bin/python -m ruff check
 .venv/bin/python -m mypy
-.venv/bin/python -m pytest -n 2 --durations=15
+.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 # tests of a file share what is long to make
 
 # The newest supported JAX needs Python 3.12. Where that is what just ran, there is nothing left to do.
 if .venv/bin/python -c 'import sys; sys.exit(sys.version_info >= (3, 12))' && python312=$(find_python 3.12); then
   set_up .venv312 "$python312" test curation
-  .venv312/bin/python -m pytest -m smoke
+  XLA_FLAGS=--xla_backend_optimization_level=3 .venv312/bin/python -m pytest -m smoke # compiled as for users
 fi

@@ -16,9 +16,12 @@ os.environ["NPROC"] = "32"
 if os.environ["JAX_PLATFORMS"] == "cpu" and "optimization_level" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+# Small products gain nothing from several threads of PyTorch or NumPy, which wait for each other busily.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Each version of Python, and so of JAX, keeps its own cache.
 cache = ROOT / ".cache" / "jax" / f"py{sys.version_info.major}{sys.version_info.minor}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")  # one is read in 0.05 s
 
 import jax  # noqa: E402
 from absl import flags  # noqa: E402
@@ -27,3 +30,9 @@ from absl import flags  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags, which otherwise only absl.app.run parses
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: where whole files are given to workers, none is left with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -11,7 +11,7 @@ from tests.helpers import one_device
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = {
-    "01_quickstart": {"PROBLEMS": 30, "SFT_STEPS": 3, "RL_ITERATIONS": 2, "RL_PROBLEMS": 8},
+    "01_quickstart": {"PROBLEMS": 30, "SFT_STEPS": 3, "RL_ITERATIONS": 2, "RL_PROBLEMS": 8, "SLOTS": 16},
     "02_rollouts": {
         "SEED": 5,
         "SLOTS": 4,
@@ -24,7 +24,7 @@ TINY = {
     },
     "03_rewards": {"K": 5, "JUDGEMENTS": 41, "DEADLINE_S": 0.5},
     # So few problems that some of them are known by heart soon: without a right answer there is nothing to shorten.
-    "04_long2short": {"PROBLEMS": 11, "SFT_STEPS": 83, "ASKED": 11, "SHORT_STEPS": 2, "RL_ITERATIONS": 1},
+    "04_long2short": {"PROBLEMS": 5, "SFT_STEPS": 61, "ASKED": 5, "SHORT_STEPS": 2, "RL_ITERATIONS": 1, "SLOTS": 16},
 }
 PRINTED = {
     "01_quickstart": ["sampled accuracy"],
