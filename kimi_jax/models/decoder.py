@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from kimi_jax.models import layers, lora
@@ -72,12 +73,13 @@ def apply_run(
     remat: compute each layer again in the backward pass, but for what is `kept`, names of `models.config.KEEPABLE`.
     """
     per_layer = segments.ndim == 3
+    options = dict(causal=causal, implementation=implementation, mesh=mesh, remat_mlp=remat and "mlp" not in kept)
 
     def layer(x, inputs):
         layer_params, own_segments, own_added = inputs
         block = nnx.merge(run.graphdef, lora.merged(layer_params))
         seen = own_segments if per_layer else segments
-        x, _ = block.packed(x, angles, seen, causal=causal, implementation=implementation, mesh=mesh)
+        x = block.packed(x, angles, seen, **options)
         return x if own_added is None else x + own_added, None
 
     inputs = (stacked, segments if per_layer else None, added)
@@ -91,26 +93,24 @@ def apply_prefill(runs, params, x, angles, rows, pages, table, deepstack=None, *
 
     deepstack: see `apply_packed`.
     """
-    piece = lambda block, x, pages: block.prefill(x, angles, rows, pages, table, **options)  # noqa: E731
-    return _apply(runs, params, x, pages, piece, () if deepstack is None else deepstack)
+    added, updated = () if deepstack is None else deepstack, []
+    for index, (block, own) in enumerate(zip(_blocks(runs, params), pages, strict=True)):
+        x, own = block.prefill(x, angles, rows, own, table, **options)
+        if index < len(added):
+            x = x + added[index]
+        updated.append(own)
+    return x, tuple(updated)
 
 
 def apply_decode(runs, params, x, angles, pages, table, positions, **options):
     """All layers over one new token per row in the sampling layout. x [B, D] -> x, pages. See `layers.Block`."""
-    return _apply(
-        runs, params, x, pages, lambda block, x, pages: block.decode(x, angles, pages, table, positions, **options)
-    )
+    added, updated = None, []
+    for block, own in zip(_blocks(runs, params), pages, strict=True):
+        x, added, own = block.decode(x, added, angles, own, table, positions, **options)
+        updated.append(own)
+    return (x + jnp.sum(added, axis=0)).astype(x.dtype), tuple(updated)
 
 
-def _apply(runs, params, x, pages, layer, added=()):
-    updated = []
-    for index, graphdef in enumerate(_graphdefs(runs)):
-        x, of_layer = layer(nnx.merge(graphdef, params["layers"][str(index)]), x, pages[index])
-        if index < len(added):
-            x = x + added[index]
-        updated.append(of_layer)
-    return x, tuple(updated)
-
-
-def _graphdefs(runs):
-    return [run.graphdef for run in runs for _ in range(run.count)]
+def _blocks(runs, params):
+    graphdefs = [run.graphdef for run in runs for _ in range(run.count)]
+    return (nnx.merge(graphdef, params["layers"][str(index)]) for index, graphdef in enumerate(graphdefs))

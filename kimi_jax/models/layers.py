@@ -9,6 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 from kimi_jax.models import attention, paged
 from kimi_jax.models.config import RopeScaling
 
+MLP_TOKENS = 32_768  # of a device, that the MLP sees at once in training; enough of them to keep any device busy
+
 
 def rope_angles(positions: jax.Array, head_dim: int, base: float, scaling: RopeScaling | None = None) -> jax.Array:
     """Angles of rotary positions over one or several axes (RoFormer, arXiv 2104.09864).
@@ -128,12 +130,15 @@ class SwiGLU(nnx.Module):
         self.down_proj = linear(mlp_width, width, out_scale)
 
     def __call__(self, x):
+        return self.down_proj(self.gated(x))
+
+    def gated(self, x):
         if self.fused:
             both = self.gate_up_proj(x)
             gate, up = both[..., 0, :], both[..., 1, :]
         else:
             gate, up = (checkpoint_name(y, "mlp") for y in (self.gate_proj(x), self.up_proj(x)))
-        return self.down_proj(jax.nn.silu(gate) * up)
+        return jax.nn.silu(gate) * up
 
 
 class GeluMLP(nnx.Module):
@@ -166,12 +171,14 @@ class Block(nnx.Module):
         self.mlp_norm = NORMS[norm](width, eps, dtype, rngs)
         self.mlp = MLPS[mlp](width, mlp_width, bias=mlp_bias, **parts)
 
-    def packed(self, x, angles, segments, *, causal, implementation, mesh):
-        """x [R, T, D] -> (x, (keys, values) each [R, T, K, E]). Tokens see only their own segment."""
+    def packed(self, x, angles, segments, *, causal, implementation, mesh, remat_mlp):
+        """x [R, T, D] -> x. Tokens see only their own segment. remat_mlp: nothing inside the MLP is kept for the
+        backward pass anyway, so where there are many tokens it sees them piece by piece."""
         q, k, v = self.attn.project(self.attn_norm(x), angles)
         heads = attention.attend_packed(q, k, v, segments, causal=causal, implementation=implementation, mesh=mesh)
         x = checkpoint_name(x + self.attn.output(heads), "middle")
-        return x + self.mlp(self.mlp_norm(x)), (k, v)
+        mlp = lambda x: x + self.mlp(self.mlp_norm(x))  # noqa: E731
+        return _in_pieces(mlp, x, mesh) if remat_mlp else mlp(x)
 
     def prefill(self, x, angles, rows, pages, table, *, fresh, implementation, mesh):
         """Pieces of sequences, one per row, into the cache. x [R, T, D] -> x, pages.
@@ -193,16 +200,38 @@ class Block(nnx.Module):
         x = x + self.attn.output(heads)
         return x + self.mlp(self.mlp_norm(x)), (k_pages, v_pages)
 
-    def decode(self, x, angles, pages, table, positions, *, implementation, mesh):
-        """One new token per row, at positions int32 [B], -1 in empty rows. x [B, D] -> x, pages.
+    def decode(self, x, added, angles, pages, table, positions, *, implementation, mesh):
+        """One new token per row, at positions int32 [B], -1 in empty rows. Returns x, added, pages.
 
-        The new token goes into its page and sees all up to itself.
+        The residual stream is x + added: x [B, D]; added, the sum over parts [P, B, D] or None for nothing, is what the
+        block before adds, left for the next norm, as a GPU does both at once. The new token goes into its page and
+        sees all up to itself.
         """
-        q, k, v = self.attn.project(self.attn_norm(x), angles)
         kernel = attention.paged_kernel(implementation, self.attn.head_dim)
+        if kernel == "gpu":
+            from kimi_jax.models import decode_gpu
+
+            if decode_gpu.takes(self, mesh):
+                return decode_gpu.decode(self, x, added, angles, pages, table, positions, interpret=False)
+        x = x if added is None else x + jnp.sum(added, axis=0)
+        q, k, v = self.attn.project(self.attn_norm(x), angles)
         heads, *pages = paged.decode_step(q, k, v, *pages, table, positions, implementation=kernel, mesh=mesh)
         x = x + self.attn.output(heads)
-        return x + self.mlp(self.mlp_norm(x)), tuple(pages)
+        return x, self.mlp(self.mlp_norm(x))[None], tuple(pages)
+
+
+def _in_pieces(f, x, mesh):
+    """f, which acts on each token, over x [R, T, D], at most MLP_TOKENS tokens of a device at a time.
+
+    f is computed again in the backward pass, piece by piece: each array inside the MLP of the 1.5B shape would take
+    2.2 GiB for a row of 131,072 tokens.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
+    rows = x.shape[0] // ways if x.shape[0] % ways == 0 else x.shape[0]
+    tokens = max(MLP_TOKENS // rows, 1)
+    if x.shape[1] <= tokens:
+        return f(x)
+    return jnp.moveaxis(jax.lax.map(jax.checkpoint(f), jnp.moveaxis(x, 1, 0), batch_size=tokens), 0, 1)
 
 
 def fuse(block: dict, head_dim: int) -> dict:

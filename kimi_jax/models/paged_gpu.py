@@ -18,33 +18,64 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 _MIN_DOT = 16  # the fewest rows and columns that tensor cores multiply
+_SPLIT = 128  # tokens of a row that one program reads
+_SHORT = 1024  # tokens that one program may read if there are at least so many programs:
+_PROGRAMS = 128  # an H100 or H200 has 132 multiprocessors
 _LOG2_E = math.log2(math.e)  # weights are powers of 2, for which GPUs have an instruction
 
 
 # Compiled functions of their own, so that all layers of a model share one compilation of the kernels.
 @functools.partial(jax.jit, static_argnames=("interpret", "split", "max_splits"))
-def decode_step(q, k, v, k_pages, v_pages, table, positions, *, interpret: bool, split=128, max_splits=32):
+def decode_step(q, k, v, k_pages, v_pages, table, positions, *, interpret: bool, split=None, max_splits=32):
     """`models.paged.decode_step` on one device. split: tokens per program, where max_splits of them do for the row."""
     B, H, E = q.shape
-    K, _, p, _ = k_pages.shape
-    splits = pl.next_power_of_2(min(max_splits, pl.cdiv(table.shape[1] * p, split)))
-    sizes = dict(split=split, splits=splits)
+    K = len(k_pages)
     # One array, so that XLA makes all of it, biases and rotations included, in one kernel.
-    new = jnp.concatenate([q.reshape(B, K, H // K, E), k[:, :, None], v[:, :, None]], axis=2)
-    heads = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    new = jnp.concatenate([q.reshape(B, K, H // K, E), k[:, :, None], v[:, :, None]], axis=2)[None]
+    bias, angles = jnp.zeros(new.shape[2:], new.dtype), jnp.zeros((B, E // 2))
+    sizes = dict(interpret=interpret, split=split, max_splits=max_splits)
+    return _decode_step(new, bias, angles, None, k_pages, v_pages, table, positions, eps=None, **sizes)
+
+
+def project_and_step(parts, attn, angles, pages, table, positions, *, interpret: bool):
+    """`decode_step` of what is still to be made of a product with the matrix qkv_proj of `attn`, a `layers.Attention`.
+
+    parts [P, B, K · (G + 2) · E], to be summed; angles [B, E / 2].
+    """
+    K, _, _, E = pages[0].shape
+    new = parts.reshape(*parts.shape[:2], K, -1, E)
+    bias, norms, eps = attn.qkv_proj.bias, None, None
+    bias = jnp.zeros(new.shape[2:], pages[0].dtype) if bias is None else bias[...].reshape(new.shape[2:])
+    if attn.q_norm is not None:
+        norms, eps = jnp.stack([attn.q_norm.scale[...], attn.k_norm.scale[...]]), attn.q_norm.epsilon
+    return _decode_step(new, bias, angles, norms, *pages, table, positions, eps=eps, interpret=interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "interpret", "split", "max_splits"))
+def _decode_step(
+    new, bias, angles, norms, k_pages, v_pages, table, positions, *, eps, interpret, split=None, max_splits=32
+):
+    _, B, K, members, E = new.shape
+    H, capacity = K * (members - 2), table.shape[1] * k_pages.shape[2]
+    # Rows that are short and many need no splits, and so no merging. Few programs would leave the GPU idle.
+    split = split or (_SHORT if capacity <= _SHORT and B * K >= _PROGRAMS else _SPLIT)
+    splits = pl.next_power_of_2(min(max_splits, pl.cdiv(capacity, split)))
+    sizes = dict(split=split, splits=splits)
+    heads = jax.ShapeDtypeStruct((B, H, E), k_pages.dtype)
     statistics = jax.ShapeDtypeStruct((B, H, splits), jnp.float32)
     parts = (jax.ShapeDtypeStruct((B, H, splits, E), jnp.float32), statistics, statistics)
     found = (heads,) if splits == 1 else parts
     pools = tuple(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in (k_pages, v_pages))
+    norms = () if norms is None else (norms,)
     *found, k_pages, v_pages = pl.pallas_call(
-        functools.partial(_split_kernel, **sizes),
+        functools.partial(_split_kernel, **sizes, eps=eps),
         grid=(B, K, splits),
         out_shape=(*found, *pools),
-        input_output_aliases={1: len(found), 2: len(found) + 1},  # the pools are written in place
-        compiler_params=triton.CompilerParams(num_warps=2, num_stages=3),
+        input_output_aliases={2: len(found), 3: len(found) + 1},  # the pools are written in place
+        compiler_params=triton.CompilerParams(num_warps=2, num_stages=5 if B * K * splits < 2 * _PROGRAMS else 3),
         interpret=interpret,
         name="paged_split",
-    )(new, k_pages, v_pages, table, positions)
+    )(table, positions, k_pages, v_pages, new, bias, jnp.cos(angles), jnp.sin(angles), *norms)
     if splits == 1:
         return *found, k_pages, v_pages
     heads = pl.pallas_call(
@@ -62,17 +93,17 @@ def _tokens_per_split(position, split, splits):
     return split * jnp.maximum(jax.lax.div(position + split * splits - 1, split * splits), 1)
 
 
-def _split_kernel(new, k_pages_in, v_pages_in, table, positions, *outputs, split, splits):
+def _split_kernel(table, positions, k_pages_in, v_pages_in, *refs, split, splits, eps):
     """One row, key/value head and split: online softmax over its tokens, unnormalised unless it is the only split.
 
-    new [B, K, G + 2, E]. outputs: heads [B, H, E] or their parts (o, m, z), then the pools.
+    refs: what `_new_token` reads; then outputs: heads [B, H, E] or their parts (o, m, z), and the pools.
 
     The first split, which every row has, starts from the new token instead of from nothing, and writes it. The others
     read positions before it only, so nobody reads what is being written.
     """
-    *found, k_pages_out, v_pages_out = outputs
+    inputs, (*found, k_pages_out, v_pages_out) = refs[: 4 + (eps is not None)], refs[4 + (eps is not None) :]
     b, kv, s = (pl.program_id(axis) for axis in range(3))
-    G, E = new.shape[2] - 2, new.shape[3]
+    G = inputs[0].shape[3] - 2
     position = positions[b]
     tokens = _tokens_per_split(position, split, splits)
     begin = s * tokens
@@ -81,29 +112,64 @@ def _split_kernel(new, k_pages_in, v_pages_in, table, positions, *outputs, split
 
     @pl.when(first | (begin < position))
     def attend():
-        # Tensor cores want more rows than there are query heads: the last head is computed, and written, repeatedly.
-        group = jnp.minimum(jnp.arange(pl.next_power_of_2(max(G, _MIN_DOT))), G - 1)
-        q, k_new, v_new = new[b, kv, group], new[b, kv, G], new[b, kv, G + 1]
-        logits = jnp.sum(q.astype(jnp.float32) * k_new.astype(jnp.float32)[None], axis=1) * (E**-0.5 * _LOG2_E)
+        # Tensor cores want more rows than there are query heads.
+        member = jnp.arange(pl.next_power_of_2(max(G, _MIN_DOT)))
+        q, k_new, v_new = _new_token(*inputs, row=b, kv=kv, member=member, dtype=k_pages_in.dtype, eps=eps)
+        logits = jnp.sum(q.astype(jnp.float32) * k_new.astype(jnp.float32)[None], axis=1)
+        logits *= q.shape[1] ** -0.5 * _LOG2_E
         m = jnp.where(first, logits, -jnp.inf)
         z = jnp.where(first, jnp.ones_like(m), 0.0)
         o = jnp.where(first, jnp.broadcast_to(v_new.astype(jnp.float32)[None], q.shape), 0.0)
-        last = jnp.full_like(group, end - 1)
+        last = jnp.full_like(member, end - 1)
         pools = (k_pages_in, v_pages_in)
         o, m, z = _online_softmax(q, last, pools, table, b, kv, begin, end, (o, m, z))
+        head, there, e = kv * G + member, member < G, jnp.arange(q.shape[1])[None]
+        all_there = jnp.broadcast_to(there[:, None], q.shape)
         if splits == 1:
             (heads_ref,) = found
-            heads_ref[b, kv * G + group] = (o / z[:, None]).astype(heads_ref.dtype)
+            triton.store(heads_ref.at[b, head[:, None], e], (o / z[:, None]).astype(heads_ref.dtype), mask=all_there)
         else:
             o_ref, m_ref, z_ref = found
-            at = (b, kv * G + group, s)
-            o_ref[at], m_ref[at], z_ref[at] = o, m, z
+            triton.store(o_ref.at[b, head[:, None], s, e], o, mask=all_there)
+            triton.store(m_ref.at[b, head, s], m, mask=there)
+            triton.store(z_ref.at[b, head, s], z, mask=there)
 
         @pl.when(first & (position >= 0))
         def write():
             p = k_pages_in.shape[2]
             at = (kv, table[b, jax.lax.div(position, p)], jax.lax.rem(position, p))
             k_pages_out[at], v_pages_out[at] = k_new, v_new
+
+
+def _new_token(new, bias, cos, sin, *norms, row, kv, member, dtype, eps):
+    """The new token's queries [len(member), E], 0 beyond the last, key [E] and value [E]: of a row and key/value head.
+
+    new: parts [P, B, K, G + 2, E], to be summed; bias [K, G + 2, E]; cos and sin [B, E / 2]; norms, if any: [2, E], the
+    scales of q and k.
+    """
+    P, _, _, members, E = new.shape
+    G = members - 2
+
+    def read(member, e, there=None):
+        load = functools.partial(triton.load, mask=there, other=None if there is None else 0)
+        values = load(bias.at[kv, member, e]).astype(jnp.float32)
+        for part in range(P):
+            values += load(new.at[part, row, kv, member, e]).astype(jnp.float32)
+        return values.astype(dtype).astype(jnp.float32)
+
+    def turn(member, e, which, there=None):  # as `layers.apply_rope` does, after `layers.RMSNorm`
+        values, partners = read(member, e, there), read(member, e ^ (E // 2), there)
+        if norms:
+            factor = jax.lax.rsqrt(jnp.sum(values * values, axis=-1, keepdims=True) / E + eps)
+            scale = lambda e: norms[0][which, e].astype(jnp.float32)  # noqa: E731
+            values = (values * factor * scale(e)).astype(dtype).astype(jnp.float32)
+            partners = (partners * factor * scale(e ^ (E // 2))).astype(dtype).astype(jnp.float32)
+        angle = e & (E // 2 - 1)
+        partners = jnp.where(e < E // 2, -partners, partners)
+        return (values * cos[row, angle] + partners * sin[row, angle]).astype(dtype)
+
+    e, there = jnp.arange(E), jnp.broadcast_to(member[:, None] < G, (member.size, E))
+    return turn(member[:, None], e[None], 0, there), turn(G, e, 1), read(G + 1, e).astype(dtype)
 
 
 def _merge_kernel(o_ref, m_ref, z_ref, positions, heads_ref, *, split, splits):

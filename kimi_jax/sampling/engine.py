@@ -272,9 +272,10 @@ class Engine:
 
 
 def _zeros(shapes: list[jax.ShapeDtypeStruct], structure) -> Any:
-    return jax.tree.unflatten(structure, [_zero(s.shape, s.dtype, s.sharding)() for s in shapes])
+    return jax.tree.unflatten(structure, _make_zeros(tuple((s.shape, s.dtype, s.sharding) for s in shapes))())
 
 
 @functools.cache  # a new jitted function each time would be compiled each time
-def _zero(shape, dtype, sharding):
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+def _make_zeros(kinds):
+    make = lambda: [jnp.zeros(shape, dtype) for shape, dtype, _ in kinds]  # noqa: E731
+    return jax.jit(make, out_shardings=[sharding for _, _, sharding in kinds])
