@@ -302,7 +302,8 @@ def train(bench: Bench) -> dict:
     with config.unlocked():
         config.rows.tokens, config.rows.patches = args.tokens, 0
         config.rows.logits_chunk = math.gcd(config.rows.logits_chunk, args.tokens)
-    stepper = setup.make_stepper(config, bench.policy, bench.mesh, loss_fn, config.sft.optimizer, total_steps=100)
+    policy = setup.make_policy(config, bench.mesh, shape)  # again: which attention is best depends on the rows
+    stepper = setup.make_stepper(config, policy, bench.mesh, loss_fn, config.sft.optimizer, total_steps=100)
 
     packing = setup.packing(config, shape, image_id=-1) | {"num_rows": micro_rows}
     one_per_row = [[i] for i in range(micro_rows)]
@@ -320,7 +321,7 @@ def train(bench: Bench) -> dict:
 
     def run():
         nonlocal state
-        acc = stepper.zeros(state.params, batches[0], hyper)
+        acc = None
         for batch in batches:
             acc = stepper.accumulate(acc, state.params, batch, hyper)
         state, metrics = stepper.apply(state, acc)

@@ -202,7 +202,7 @@ def run_updates(
     ]
     first_grads, metrics = None, []
     for _ in range(updates):
-        acc = stepper.zeros(state.params, minibatch[0], hyper)
+        acc = None
         for batch in minibatch:
             acc = stepper.accumulate(acc, state.params, batch, hyper)
         first_grads = first_grads or jax.device_get(acc["grads"])

@@ -19,48 +19,58 @@ def target_logprobs(x, table, targets, *, temperature, chunk: int) -> tuple[jax.
     R, T, _ = x.shape
     if T % chunk:
         raise ValueError(f"logits_chunk={chunk} must divide the row length {T}.")
-    if T == chunk:
-        return _chunk(x, table, targets, temperature)
     split = lambda a: jnp.moveaxis(a.reshape(R, T // chunk, chunk, *a.shape[2:]), 1, 0)  # noqa: E731
-    one = lambda _, xs: (None, _chunk(xs[0], table, xs[1], temperature))  # noqa: E731
-    _, outputs = jax.lax.scan(one, None, (split(x), split(targets)))
+    outputs = _chunks(split(x), table, split(targets), temperature)
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(R, T), outputs)
 
 
-@jax.custom_vjp
-def _chunk(x, table, targets, temperature):
+@jax.custom_vjp  # of all chunks: in a loop that JAX differentiates, it would lay the mask of targets out in memory
+def _chunks(x, table, targets, temperature):
     return _forward(x, table, targets, temperature)[0]
 
 
 def _forward(x, table, targets, temperature):
     """log p_y = l_y - log Σ_v exp l_v and H = -Σ_v p_v log p_v, with all l less the highest of them."""
-    logits = _logits(x, table, temperature)
-    highest = jnp.max(logits, axis=-1)
-    logits -= highest[..., None]
-    weights = jnp.exp(logits)
-    z = jnp.sum(weights, axis=-1)
-    entropy = jnp.log(z) - jnp.sum(weights * logits, axis=-1) / z
-    logprobs = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1) - jnp.log(z)
-    return (logprobs, entropy), (x, table, targets, temperature, highest + jnp.log(z))
+    lowered = table.astype(x.dtype)
+
+    def chunk(xs):
+        x, targets = xs
+        products = _products(x, lowered)
+        highest = jnp.max(products, axis=-1)
+        logits = (products - highest[..., None]) / temperature
+        weights = jnp.exp(logits)
+        z = jnp.sum(weights, axis=-1)
+        entropy = jnp.log(z) - jnp.sum(weights * logits, axis=-1) / z
+        logprobs = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1) - jnp.log(z)
+        return (logprobs, entropy), (highest, z)
+
+    outputs, sums = jax.lax.map(chunk, (x, targets))
+    return outputs, (x, table, targets, temperature, sums)
 
 
 def _backward(residuals, cotangents):
     """dl_v = (1[v = y] - p_v) g / temperature for the cotangent g of log p_y; dx = dl table, dtable = dlᵀ x."""
-    x, table, targets, temperature, log_z = residuals
-    g = cotangents[0] / temperature
-    logits = _logits(x, table, temperature)
-    p = jnp.exp(logits - log_z[..., None])
-    dl = ((_is_target(logits, targets) - p) * g[..., None]).astype(x.dtype)
-    dx = jnp.einsum("rtv,vd->rtd", dl, table.astype(x.dtype), preferred_element_type=jnp.float32)
-    dtable = jnp.einsum("rtv,rtd->vd", dl, x, preferred_element_type=jnp.float32)
-    return dx.astype(x.dtype), dtable.astype(table.dtype), None, None
+    x, table, targets, temperature, sums = residuals
+    lowered = table.astype(x.dtype)
+
+    def chunk(dtable, xs):
+        x, targets, (highest, z), g = xs
+        p = jnp.exp((_products(x, lowered) - highest[..., None]) / temperature) / z[..., None]
+        dl = ((_is_target(p, targets) - p) * g[..., None]).astype(x.dtype)
+        dx = jnp.einsum("rtv,vd->rtd", dl, lowered, preferred_element_type=jnp.float32)
+        dtable += jnp.einsum("rtv,rtd->vd", dl, x, preferred_element_type=jnp.float32)
+        return dtable, dx.astype(x.dtype)
+
+    zeros = jnp.zeros(table.shape, jnp.float32)
+    dtable, dx = jax.lax.scan(chunk, zeros, (x, targets, sums, cotangents[0] / temperature))
+    return dx, dtable.astype(table.dtype), None, None
 
 
-_chunk.defvjp(_forward, _backward)
+_chunks.defvjp(_forward, _backward)
 
 
-def _logits(x, table, temperature):
-    return jnp.einsum("rtd,vd->rtv", x, table.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
+def _products(x, table):
+    return jnp.einsum("rtd,vd->rtv", x, table, preferred_element_type=jnp.float32)
 
 
 def _is_target(logits, targets):

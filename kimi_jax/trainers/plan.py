@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh
 from kimi_jax.arrays import RLBatch
 from kimi_jax.models import paths
 from kimi_jax.models.config import ModelConfig
+from kimi_jax.models.layers import MLP_TOKENS
 from kimi_jax.models.policy import Policy
 from kimi_jax.rl.batch import build_minibatches
 from kimi_jax.sampling.engine import Engine
@@ -150,14 +151,16 @@ def _memory_lines(config, policy, mesh, state):
     logits = 3 * np.dtype(np.float32).itemsize * vocab  # of a token: themselves, their softmax, their gradient
 
     def activations(tokens: int, layers: int, tower, head_dim: int) -> int:
-        """Values that the backward pass of a layer reads; with remat, of one layer beside what all layers keep."""
+        """Bytes that the backward pass of a layer reads; with remat, of one layer beside what all layers keep."""
         heads, mlp_width = split(tower.num_heads, tensor), split(tower.mlp_width, tensor)
         qkv, mlp = 3 * heads * head_dim, 3 * mlp_width
         width = 4 * tower.width + mlp + qkv
         keepable = {"attention": heads * head_dim, "qkv": qkv, "middle": tower.width, "mlp": mlp - mlp_width}
         inputs = tower.width + sum(keepable[name] for name in config.model.kept)
-        kept, recomputed = (inputs, width) if config.model.remat else (width, 0)
-        return tokens * itemsize * (layers * kept + recomputed)
+        if not config.model.remat:
+            return itemsize * tokens * layers * width
+        at_once = tokens if "mlp" in config.model.kept else min(tokens, MLP_TOKENS)
+        return itemsize * (tokens * (layers * inputs + width - mlp) + at_once * mlp)
 
     def update(stage: str) -> dict[str, int]:
         micro_rows = split(config[stage].micro_rows, row_ways)

@@ -260,7 +260,7 @@ def _update(
         state = dataclasses.replace(state, opt_state=stepper.init_optimizer(state.params))
     metrics = []
     for minibatch in minibatches:
-        acc = stepper.zeros(state.params, minibatch[0], hyper)
+        acc = None
         for batch in minibatch:
             acc = stepper.accumulate(acc, state.params, batch, hyper)
         state, update = stepper.apply(state, acc)

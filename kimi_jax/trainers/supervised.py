@@ -87,7 +87,6 @@ def train(setup: Setup, stage: Stage, stop: StopRequest) -> dict:
                 for begin in range(0, config.rows, config.micro_rows):
                     batch = jax.tree.map(lambda x, b=begin: x[b : b + config.micro_rows], whole)
                     batch = setup.put_rows(batch)
-                    acc = stepper.zeros(state.params, batch, hyper) if acc is None else acc
                     acc = stepper.accumulate(acc, state.params, batch, hyper)
                 state, metrics = stepper.apply(state, acc)
             waiting.append(metrics)

@@ -244,7 +244,7 @@ def _rl_programs(config, policy, mesh, weights):
 
 def _update_programs(stepper, mesh, weights, stage: str, batch, hyper, *, waiting: int, prefix: str = ""):
     batch = setup.with_shardings(batch, sharding.row_shardings(mesh, batch))
-    acc = jax.eval_shape(stepper.zeros, weights.params, batch, hyper)
+    acc = jax.eval_shape(stepper.accumulate, None, weights.params, batch, hyper)
     acc = setup.with_shardings(acc, sharding.shardings(mesh, acc, sharding.TRAIN_RULES))
     state = TrainState(weights.params, weights.opt_states[stage], jax.ShapeDtypeStruct((), np.int32))
     resident = waiting + weights.moments(stage)

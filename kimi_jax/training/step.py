@@ -1,9 +1,9 @@
 """One update, for supervised learning and RL alike: gradients of micro-batches add up, then the optimizer moves once.
 
-    acc = trainer.zeros(params)
+    acc = None
     for micro_batch in mini_batch:
-        acc = trainer.accumulate(acc, params, micro_batch, hyper)
-    state, metrics = trainer.apply(state, acc)
+        acc = stepper.accumulate(acc, params, micro_batch, hyper)
+    state, metrics = stepper.apply(state, acc)
 
 A loss is a pure function `loss_fn(logprobs, batch, hyper) -> (loss, parts)` of the log-probs of the targets, or of the
 scalars that a reward model puts out. Its parts add up over micro-batches, except those named `max_...`, which combine
@@ -58,19 +58,12 @@ class Stepper:
         self.trained, self.reads = trained, reads
         self.init_optimizer = jax.jit(self._init_optimizer)
         self.score = jax.jit(self._score)
-        self.zeros = jax.jit(self._zeros)
         self.accumulate = jax.jit(self._accumulate, donate_argnums=0)
         self.apply = jax.jit(self._apply, donate_argnums=0)
 
     def _init_optimizer(self, params) -> Any:
         """Fresh moments, laid out like the parameters."""
         return self._placed(self.optimizer.init(self._split(params)[0]))
-
-    def _zeros(self, params, batch, hyper) -> dict:
-        """An empty accumulator."""
-        _, parts = jax.eval_shape(self._loss, params, batch, hyper)
-        like = {"grads": self._split(params)[0], "parts": parts}
-        return self._placed(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
 
     def _logprobs(self, params, rows, temperature):
         return self.policy.logprobs(params, rows, temperature=temperature, logits_chunk=self.logits_chunk)
@@ -89,15 +82,16 @@ class Stepper:
         return loss, parts | {"loss": loss, "entropy": entropy}
 
     def _accumulate(self, acc, params, batch, hyper):
+        """acc: what came out for the micro-batch before. None for the first: gradients are as large as the parameters,
+        and adding them to zeros would take twice their memory."""
         trained, frozen = self._split(params)
         loss = lambda trained: self._loss(trainable.join(trained, frozen), batch, hyper)  # noqa: E731
         grads, parts = jax.grad(loss, has_aux=True)(trained)
-        combine = lambda name: jnp.maximum if name.startswith("max_") else jnp.add  # noqa: E731
-        acc = {
-            "grads": jax.tree.map(jnp.add, acc["grads"], grads),
-            "parts": {name: combine(name)(acc["parts"][name], part) for name, part in parts.items()},
-        }
-        return self._placed(acc)
+        if acc is not None:
+            combine = lambda name: jnp.maximum if name.startswith("max_") else jnp.add  # noqa: E731
+            grads = jax.tree.map(jnp.add, acc["grads"], grads)
+            parts = {name: combine(name)(acc["parts"][name], part) for name, part in parts.items()}
+        return self._placed({"grads": grads, "parts": parts})
 
     def _apply(self, state: TrainState, acc) -> tuple[TrainState, dict[str, jax.Array]]:
         """One step of the optimizer; leaves the state untouched when a gradient or a part of the loss is not finite."""

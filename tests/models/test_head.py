@@ -71,17 +71,30 @@ def test_products_are_in_the_compute_dtype():
     """In float32, which is what JAX derives, they take at least twice as long on GPUs and TPUs."""
     arguments = draw(jnp.bfloat16)
     jaxpr = jax.make_jaxpr(functools.partial(gradients, chunk=7))(*arguments)
-    read = [variable.aval.dtype for product in dots(jaxpr.jaxpr) for variable in product.invars]
-    assert read == [jnp.bfloat16] * 8  # logits twice, dx, dtable
+    products = [equation for equation, _ in equations(jaxpr.jaxpr) if equation.primitive.name == "dot_general"]
+    assert [x.aval.dtype for product in products for x in product.invars] == [jnp.bfloat16] * 8  # logits twice, dx, dt
 
 
-def dots(jaxpr):
+def test_what_is_as_large_as_the_logits_of_a_chunk_stays_within_it_and_the_table_is_cast_outside():
+    """What leaves a loop lies in memory, and each chunk reads it; what stays, the compiler fuses with the logits."""
+    arguments = draw(jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(functools.partial(gradients, chunk=7))(*arguments)
+    made = [(x.aval, looped) for equation, looped in equations(jaxpr.jaxpr) for x in equation.outvars]
+    assert {looped for aval, looped in made if aval.size >= R * 7 * V} == {True}
+    casts = [looped for aval, looped in made if (aval.shape, aval.dtype) == ((V, D), jnp.bfloat16)]
+    assert casts == [False, False]  # forward and backward
+
+
+def equations(jaxpr, looped=False):
+    """(equation, whether in a loop) of all that compute, from outside to inside."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
-            if hasattr(inner, "jaxpr"):
-                yield from dots(inner.jaxpr)
+        within = looped or equation.primitive.name in ("scan", "while")
+        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr"))
+        inner = [x.jaxpr for x in inner if hasattr(x, "jaxpr")]
+        if not inner:
+            yield equation, looped
+        for each in inner:
+            yield from equations(each, within)
 
 
 def test_a_chunk_must_divide_the_row():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -277,6 +279,40 @@ def test_with_all_that_can_be_kept_no_product_is_computed_twice(params):
         return str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(weights * loss(p))))(params)).count("dot_general")
 
     assert products() > products(kept=("attention",)) > products(kept=KEEPABLE) == products(remat=False)
+
+
+def test_the_mlp_sees_many_tokens_in_pieces_unless_it_is_kept(params, base, monkeypatch):
+    rows, weights, _, logprobs, entropy, grads = base
+    R, F = len(rows.tokens), CONFIG.mlp_width
+    monkeypatch.setattr(layers, "MLP_TOKENS", 7 * R + 1)  # 4 pieces of 7 tokens of each row, one of the 5 left
+
+    def seen(**changes):
+        policy = dataclasses.replace(POLICY, **changes)
+        options = dict(policy=policy, logits_chunk=ROW_TOKENS)
+        program = str(jax.make_jaxpr(lambda p: evaluate.__wrapped__(p, rows, weights, **options))(params))
+        return [shape in program for shape in (f"f32[7,{R},{F}]", f"f32[5,{R},{F}]", f"f32[{R},{ROW_TOKENS},{F}]")]
+
+    assert seen() == [True, True, False]
+    assert seen(kept=("mlp",)) == seen(remat=False) == [False, False, True]
+    in_pieces = jax.jit(lambda p: evaluate.__wrapped__(p, rows, weights, policy=POLICY, logits_chunk=ROW_TOKENS))
+    other = in_pieces(params)
+    np.testing.assert_allclose(other[0], logprobs, atol=1e-5)
+    np.testing.assert_allclose(other[1], entropy, atol=1e-5)
+    assert_trees_close(other[2], grads, relative=1e-5)
+
+
+@pytest.mark.parametrize(
+    "R, ways, pieces",
+    [(3, None, [7, 1]), (6, (2, 3), [23, 6]), (6, (2, 1), [7, 1]), (5, (2, 1), [4, 1])],
+    ids=["one-device", "a-row-each", "three-rows-each", "rows-that-do-not-divide"],
+)
+def test_a_piece_is_what_one_device_sees(R, ways, pieces, monkeypatch):
+    monkeypatch.setattr(layers, "MLP_TOKENS", 23)
+    mesh = ways and types.SimpleNamespace(shape=dict(zip(("data", "fsdp"), ways, strict=True)))
+    x = np.random.default_rng(0).normal(size=(R, 29, 2)).astype(np.float32)
+    tripled = lambda x: layers._in_pieces(lambda x: 3 * x, x, mesh)  # noqa: E731
+    assert re.findall(rf"f32\[(\d+),{R},2\] = mul", str(jax.make_jaxpr(tripled)(x))) == [str(n) for n in pieces]
+    np.testing.assert_array_equal(tripled(x), 3 * x)
 
 
 def test_a_chunk_that_does_not_divide_the_row_is_refused(params, base):

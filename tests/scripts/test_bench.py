@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kimi_jax.models import attention
 from kimi_jax.models import config as config_module
 from kimi_jax.models.config import ModelConfig
 
@@ -121,6 +122,13 @@ def test_train(capsys):
     assert result["tokens_per_second"] == pytest.approx(40 / seconds)
     assert result["share_of_matmul_rate"] == pytest.approx(flops / seconds / 3.0e12)
     assert np.isfinite(result["loss"])
+
+
+def test_train_chooses_attention_for_the_rows_that_it_trains_on(capsys, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(attention, "choose_implementation", lambda *_, row_tokens: chosen.append(row_tokens) or "xla")
+    run(capsys, "train", "--rows=1", "--tokens=13")
+    assert chosen[-1] == 13
 
 
 def test_runs_that_compile_do_not_count():

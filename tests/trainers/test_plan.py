@@ -55,12 +55,16 @@ def test_memory_adds_up_and_moments_come_and_go(reset):
 def test_what_layers_keep_takes_memory():
     def activations(**more):
         line = plan.describe(text_config(**{"model.size": "qwen2.5-1.5b"}, **more)).split("activations, ")[1]
-        rows, tokens, gib = re.match(r"(\d+) rows? × (\d+) tokens +([\d.]+) GiB", line).groups()
-        return int(rows) * int(tokens), float(gib)
+        rows, tokens, gib = re.match(r"(\d+) rows? × ([\d,]+) tokens +([\d.]+) GiB", line).groups()
+        return int(rows) * int(tokens.replace(",", "")), float(gib)
 
     (tokens, less), (_, more) = activations(), activations(**{"model.kept": ("mlp",)})
     mlp = 28 * tokens * 2 * (8_960 // 2) * 2 / 2**30  # layers × tokens × gate and up, over 2 devices × bytes
     assert more - less == pytest.approx(mlp, abs=0.0011)
+    tokens, gib = activations(**{"rows.tokens": 65_536})
+    assert tokens > 2 * 32_768  # of which the MLP sees so many at a time: gate, up and their product
+    values = tokens * (28 * 1_536 + 4 * 1_536 + 3 * (12 // 2) * 128) + 32_768 * 3 * (8_960 // 2)
+    assert gib == pytest.approx(2 * values / 2**30, abs=0.0011)
     with pytest.raises(ValueError, match="config.model.kept=.*: 'atention' is none of attention, qkv, middle, mlp"):
         check_config(text_config(**{"model.kept": ("mlp", "atention")}))
 
