@@ -272,6 +272,44 @@ def partial(sampler: Sampler, *, budget: int) -> dict:
     }
 
 
+def gap(bench: Bench) -> dict:
+    args, policy = bench.args, bench.policy
+    key = jax.random.key(args.seed)
+    masters = _roughened(bench.masters(), key)
+    sampler = Sampler.of(bench, rows=args.rows, prompt_tokens=args.prompt, max_tokens=args.new)
+    sampler.params = make_handover(policy, bench.mesh, dtype=bench.sampling_dtype)(masters, sampler.params)
+    prompts = bench.prompts([args.prompt] * args.rows, 0)
+    requests = [Request(prompt, i, args.new) for i, prompt in enumerate(prompts)]
+    with bench.config.unlocked():
+        bench.config.rows.tokens, bench.config.rows.patches = args.prompt + args.new, 0
+    packing = setup.packing(bench.config, policy.config, image_id=-1) | {"num_rows": 1}
+    logprobs = jax.jit(
+        lambda params, rows: policy.logprobs(params, rows, temperature=1.0, logits_chunk=args.prompt + args.new)[0]
+    )
+
+    def measure():
+        written, gaps = sampler.write(requests), []
+        for prompt, segment in zip(prompts, written, strict=True):
+            example = Example(np.concatenate([prompt.tokens, segment.tokens]), np.arange(args.prompt + args.new) > 0)
+            of_row = logprobs(masters, pack_rows([example], [[0]], **packing)[0])[0]
+            gaps.append(np.abs(np.asarray(of_row)[args.prompt - 1 : -1] - segment.logprobs))
+        return {"entropy": entropy(written), "mean": float(np.mean(gaps)), "max": float(np.max(gaps))}
+
+    result = {"rows": args.rows, "prompt": args.prompt, "new": args.new, "at_random": measure()}
+    sampler.scale_to_entropy(requests)
+    scale = sampler.params["decoder"]["ends"]["norm"]["scale"]
+    masters["decoder"]["ends"]["norm"]["scale"] = scale.astype(jnp.float32)
+    return result | {"sharpened": measure()}
+
+
+def _roughened(params: dict, key: jax.Array) -> dict:
+    """Biases that are not 0 and scales that are not 1, so that it shows where they are applied."""
+    leaves, tree = jax.tree.flatten(params)
+    draw = lambda i, leaf: 0.1 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)  # noqa: E731
+    vectors = [leaf + draw(i, leaf) if leaf.ndim <= 2 and leaf.size < 10**6 else leaf for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(tree, vectors)
+
+
 def handoff(bench: Bench) -> dict:
     measured, masters = probes(), bench.masters()
     to_rollout = make_handover(bench.policy, bench.mesh, dtype=bench.sampling_dtype)

@@ -4,6 +4,7 @@
     python scripts/bench.py decode  --shape=qwen2.5-1.5b --live=4096,128*63 --new=64
     python scripts/bench.py rollout --shape=qwen2.5-1.5b --rows=64 --problems=32 --responses=8 --peers=tunix
     python scripts/bench.py rollout --shape=qwen2.5-1.5b --rows=64 --cut=8192 --iterations=20 --budget=1024
+    python scripts/bench.py gap     --shape=qwen2.5-1.5b --rows=64 --prompt=128 --new=128
     python scripts/bench.py handoff --shape=qwen2.5-1.5b
     python scripts/bench.py train   --shape=qwen2.5-1.5b --rows=8 --tokens=4096 --micro_rows=2 --peers=hf
 
@@ -12,6 +13,8 @@ decode    All rows at once, each with a key, a budget and stops of its own. `ms_
           shortest of them.
 rollout   Groups that share a prompt, with responses of log-normal length (imposed by budgets), through --rows slots.
           With --iterations: responses that go on in the next iteration after --budget tokens, against waiting for all.
+gap       Mean and largest difference between the log-probs of sampler and trainer, with the same weights: as they are
+          drawn, and sharpened to 1 nat.
 handoff   From the masters in training layout to the copy that samples, which replaces the last one.
 train     One update: micro-batches, clipping, AdamW on float32 masters. The peer is a plain loop of PyTorch and
           transformers, with weights in the compute dtype, fused AdamW and gradient checkpointing.
@@ -49,21 +52,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    decode, rollout, handoff, train = (
-        commands.add_parser(name, allow_abbrev=False) for name in ("decode", "rollout", "handoff", "train")
+    decode, rollout, gap, handoff, train = (
+        commands.add_parser(name, allow_abbrev=False) for name in ("decode", "rollout", "gap", "handoff", "train")
     )
-    for command in (decode, rollout, handoff, train):
+    for command in (decode, rollout, gap, handoff, train):
         command.add_argument("--shape", default="tiny", help="a name in models.config.NAMED_SIZES (default: tiny)")
         command.add_argument("--seed", type=int, default=0, help="of weights, prompts, lengths and sampling (0)")
         command.add_argument("--repeats", type=_count, default=3, help="runs to take the median of (3)")
         command.add_argument("--json", action="store_true", help="print the JSON line alone")
-    for command in (decode, rollout):
+    for command in (decode, rollout, gap):
         command.add_argument("--rows", type=_count, default=64, help="responses in flight (64)")
     for command, peers in ((decode, PEERS), (rollout, PEERS), (train, TRAINERS)):
         some = functools.partial(_peers, peers)
         command.add_argument("--peers", type=some, default=[], help=f"none, all, or some of {','.join(peers)}")
         command.add_argument("--peer_seconds", type=_count, default=900, help="after which a peer is given up (900)")
-    decode.add_argument("--prompt", type=_count, default=128, help="tokens of a prompt (128)")
+    for command in (decode, gap):
+        command.add_argument("--prompt", type=_count, default=128, help="tokens of a prompt (128)")
+    gap.add_argument("--new", type=_count, default=128, help="tokens to write per row (128)")
     decode.add_argument("--new", type=_count, default=512, help="tokens to write per row, at least 2 (512)")
     decode.add_argument("--live", type=_lengths, help="as 4096,128*63: a prompt each; instead of --rows and --prompt")
     decode.add_argument("--capacity", type=_count, help="tokens that a row of the cache may hold (prompt + new)")
@@ -126,7 +131,7 @@ def measure(args: argparse.Namespace) -> dict:
     import _bench_ours as ours
 
     ours.named_size(args.shape)  # told before the peers take their minutes
-    peers = measure_peers(args) if args.command != "handoff" else {}
+    peers = measure_peers(args) if args.command not in ("gap", "handoff") else {}
     bench = ours.Bench.of(args)  # takes the memory of the device
     result = getattr(ours, args.command)(bench)
     for peer in peers.values():

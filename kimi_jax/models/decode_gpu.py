@@ -56,10 +56,10 @@ def product(x, w):
 
 
 def add_norm(x, added, norm: nnx.RMSNorm, *, interpret: bool):
-    """The stream x + added [B, D], and its norm. added: parts [P, B, D], or None for nothing."""
+    """The stream x + added, float32 [B, D], and its norm. added: parts [P, B, D], or None for nothing."""
     if added is None:
         return x, norm(x)
-    return _add_norm(x, added, norm.scale[...].astype(x.dtype), eps=norm.epsilon, interpret=interpret)
+    return _add_norm(x, added, norm.scale[...].astype(norm.dtype), eps=norm.epsilon, interpret=interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
@@ -67,7 +67,7 @@ def _add_norm(x, added, scale, *, eps, interpret):
     return pl.pallas_call(
         functools.partial(_add_norm_kernel, eps=eps),
         grid=(x.shape[0],),
-        out_shape=(jax.ShapeDtypeStruct(x.shape, x.dtype),) * 2,
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, like.dtype) for like in (x, scale)),
         compiler_params=triton.CompilerParams(num_warps=16, num_stages=1),
         interpret=interpret,
         name="add_norm",
@@ -82,8 +82,6 @@ def _add_norm_kernel(x_ref, added_ref, scale_ref, sum_ref, norm_ref, *, eps):
     x = load(x_ref, b)
     for part in range(added_ref.shape[0]):
         x += load(added_ref, part, b)
-    x = x.astype(sum_ref.dtype)
     triton.store(sum_ref.at[b, at], x, mask=there)
-    x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.sum(x * x) / D + eps) * load(scale_ref)
     triton.store(norm_ref.at[b, at], x.astype(norm_ref.dtype), mask=there)

@@ -55,7 +55,7 @@ def unstack_runs(stacked: dict, head_dim: int) -> dict:
 
 
 def apply_packed(runs, params, x, angles, segments, deepstack=None, **options):
-    """All layers over packed rows in the training layout. x [R, T, D] -> [R, T, D].
+    """All layers over packed rows in the training layout. x [R, T, D] -> float32 [R, T, D].
 
     deepstack: [n, R, T, D], added to what leaves the n layers of the first run; None: nothing. options: of `apply_run`.
     """
@@ -65,35 +65,52 @@ def apply_packed(runs, params, x, angles, segments, deepstack=None, **options):
 
 
 def apply_run(
-    run, stacked, x, angles, segments, added=None, *, causal, implementation, mesh, remat: bool, kept, unroll: int
+    run,
+    stacked,
+    x,
+    angles,
+    segments,
+    deepstack=None,
+    *,
+    dtype,
+    causal,
+    implementation,
+    mesh,
+    remat: bool,
+    kept,
+    unroll: int,
 ) -> jax.Array:
-    """The layers of one run over packed rows. x [R, T, D] -> [R, T, D].
+    """The layers of one run over packed rows. x [R, T, D] -> float32 [R, T, D].
 
-    segments: int32 [R, T], or [L, R, T] if each layer has its own. added: [L, R, T, D] to what leaves each layer.
-    remat: compute each layer again in the backward pass, but for what is `kept`, names of `models.config.KEEPABLE`.
+    segments: int32 [R, T], or [L, R, T] if each layer has its own. deepstack: [L, R, T, D], added to what leaves each
+    layer. remat: compute each layer again in the backward pass, from the stream in `dtype`, which is what it reads, but
+    for what is `kept`, names of `models.config.KEEPABLE`.
     """
     per_layer = segments.ndim == 3
     options = dict(causal=causal, implementation=implementation, mesh=mesh, remat_mlp=remat and "mlp" not in kept)
 
-    def layer(x, inputs):
-        layer_params, own_segments, own_added = inputs
+    def added(x, layer_params, own_segments):
         block = nnx.merge(run.graphdef, lora.merged(layer_params))
-        seen = own_segments if per_layer else segments
-        x = block.packed(x, angles, seen, **options)
-        return x if own_added is None else x + own_added, None
+        return block.packed(x, angles, own_segments if per_layer else segments, **options)
 
-    inputs = (stacked, segments if per_layer else None, added)
     if remat:
-        layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*kept))
-    return jax.lax.scan(layer, x, inputs, unroll=unroll)[0]
+        added = jax.checkpoint(added, policy=jax.checkpoint_policies.save_only_these_names(*kept))
+
+    def layer(x, inputs):
+        layer_params, own_segments, own_deepstack = inputs
+        x = x + added(x.astype(dtype), layer_params, own_segments)
+        return x if own_deepstack is None else x + own_deepstack, None
+
+    inputs = (stacked, segments if per_layer else None, deepstack)
+    return jax.lax.scan(layer, x.astype(jnp.float32), inputs, unroll=unroll)[0]
 
 
 def apply_prefill(runs, params, x, angles, rows, pages, table, deepstack=None, **options):
-    """All layers over pieces of sequences in the sampling layout. x [R, T, D] -> x, pages. See `layers.Block`.
+    """All layers over pieces of sequences in the sampling layout. x [R, T, D] -> float32 [R, T, D], pages.
 
-    deepstack: see `apply_packed`.
+    See `layers.Block`. deepstack: see `apply_packed`.
     """
-    added, updated = () if deepstack is None else deepstack, []
+    x, added, updated = x.astype(jnp.float32), () if deepstack is None else deepstack, []
     for index, (block, own) in enumerate(zip(_blocks(runs, params), pages, strict=True)):
         x, own = block.prefill(x, angles, rows, own, table, **options)
         if index < len(added):
@@ -103,12 +120,12 @@ def apply_prefill(runs, params, x, angles, rows, pages, table, deepstack=None, *
 
 
 def apply_decode(runs, params, x, angles, pages, table, positions, **options):
-    """All layers over one new token per row in the sampling layout. x [B, D] -> x, pages. See `layers.Block`."""
-    added, updated = None, []
+    """All layers over one new token per row in the sampling layout. x [B, D] -> float32 [B, D], pages."""
+    x, added, updated = x.astype(jnp.float32), None, []
     for block, own in zip(_blocks(runs, params), pages, strict=True):
         x, added, own = block.decode(x, added, angles, own, table, positions, **options)
         updated.append(own)
-    return (x + jnp.sum(added, axis=0)).astype(x.dtype), tuple(updated)
+    return x + jnp.sum(added, axis=0), tuple(updated)
 
 
 def _blocks(runs, params):

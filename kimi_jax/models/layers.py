@@ -160,7 +160,11 @@ MLPS = {"swiglu": SwiGLU, "gelu_tanh": GeluMLP}
 
 class Block(nnx.Module):
     """Pre-norm attention and MLP. `packed` sees whole sequences, `prefill` and `decode`
-    write into a paged KV cache (`models.paged`) and read from it."""
+    write into a paged KV cache (`models.paged`) and read from it.
+
+    The residual stream is float32 whatever the compute dtype: rounded to bfloat16 at each of its additions, it would be
+    the largest part of what separates the log-probs of sampler and trainer.
+    """
 
     def __init__(
         self, width, mlp_width, *, norm, mlp, mlp_bias, eps, dtype, rngs, out_scale, fused=False, **attention_shape
@@ -172,13 +176,17 @@ class Block(nnx.Module):
         self.mlp = MLPS[mlp](width, mlp_width, bias=mlp_bias, **parts)
 
     def packed(self, x, angles, segments, *, causal, implementation, mesh, remat_mlp):
-        """x [R, T, D] -> x. Tokens see only their own segment. remat_mlp: nothing inside the MLP is kept for the
-        backward pass anyway, so where there are many tokens it sees them piece by piece."""
+        """What the block adds to the stream, float32 [R, T, D], given the stream, x [R, T, D].
+
+        Tokens see only their own segment. remat_mlp: nothing inside the MLP is kept for the backward pass anyway, so
+        where there are many tokens it sees them piece by piece.
+        """
         q, k, v = self.attn.project(self.attn_norm(x), angles)
         heads = attention.attend_packed(q, k, v, segments, causal=causal, implementation=implementation, mesh=mesh)
-        x = checkpoint_name(x + self.attn.output(heads), "middle")
-        mlp = lambda x: x + self.mlp(self.mlp_norm(x))  # noqa: E731
-        return _in_pieces(mlp, x, mesh) if remat_mlp else mlp(x)
+        attended = self.attn.output(heads).astype(jnp.float32)
+        middle = checkpoint_name(x + attended, "middle")
+        mlp = lambda x: self.mlp(self.mlp_norm(x))  # noqa: E731
+        return attended + (_in_pieces(mlp, middle, mesh) if remat_mlp else mlp(middle))
 
     def prefill(self, x, angles, rows, pages, table, *, fresh, implementation, mesh):
         """Pieces of sequences, one per row, into the cache. x [R, T, D] -> x, pages.

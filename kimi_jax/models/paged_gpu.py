@@ -34,7 +34,7 @@ def decode_step(q, k, v, k_pages, v_pages, table, positions, *, interpret: bool,
     new = jnp.concatenate([q.reshape(B, K, H // K, E), k[:, :, None], v[:, :, None]], axis=2)[None]
     bias, angles = jnp.zeros(new.shape[2:], new.dtype), jnp.zeros((B, E // 2))
     sizes = dict(interpret=interpret, split=split, max_splits=max_splits)
-    return _decode_step(new, bias, angles, None, k_pages, v_pages, table, positions, eps=None, **sizes)
+    return _decode_step(new, bias, angles, (), k_pages, v_pages, table, positions, eps=None, **sizes)
 
 
 def project_and_step(parts, attn, angles, pages, table, positions, *, interpret: bool):
@@ -44,10 +44,11 @@ def project_and_step(parts, attn, angles, pages, table, positions, *, interpret:
     """
     K, _, _, E = pages[0].shape
     new = parts.reshape(*parts.shape[:2], K, -1, E)
-    bias, norms, eps = attn.qkv_proj.bias, None, None
+    bias, eps = attn.qkv_proj.bias, None
+    norms: tuple = ()
     bias = jnp.zeros(new.shape[2:], pages[0].dtype) if bias is None else bias[...].reshape(new.shape[2:])
     if attn.q_norm is not None:
-        norms, eps = jnp.stack([attn.q_norm.scale[...], attn.k_norm.scale[...]]), attn.q_norm.epsilon
+        norms, eps = (attn.q_norm.scale[...], attn.k_norm.scale[...]), attn.q_norm.epsilon
     return _decode_step(new, bias, angles, norms, *pages, table, positions, eps=eps, interpret=interpret)
 
 
@@ -66,7 +67,6 @@ def _decode_step(
     parts = (jax.ShapeDtypeStruct((B, H, splits, E), jnp.float32), statistics, statistics)
     found = (heads,) if splits == 1 else parts
     pools = tuple(jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in (k_pages, v_pages))
-    norms = () if norms is None else (norms,)
     *found, k_pages, v_pages = pl.pallas_call(
         functools.partial(_split_kernel, **sizes, eps=eps),
         grid=(B, K, splits),
@@ -101,7 +101,8 @@ def _split_kernel(table, positions, k_pages_in, v_pages_in, *refs, split, splits
     The first split, which every row has, starts from the new token instead of from nothing, and writes it. The others
     read positions before it only, so nobody reads what is being written.
     """
-    inputs, (*found, k_pages_out, v_pages_out) = refs[: 4 + (eps is not None)], refs[4 + (eps is not None) :]
+    inputs = refs[: 4 if eps is None else 6]
+    *found, k_pages_out, v_pages_out = refs[len(inputs) :]
     b, kv, s = (pl.program_id(axis) for axis in range(3))
     G = inputs[0].shape[3] - 2
     position = positions[b]
@@ -144,8 +145,8 @@ def _split_kernel(table, positions, k_pages_in, v_pages_in, *refs, split, splits
 def _new_token(new, bias, cos, sin, *norms, row, kv, member, dtype, eps):
     """The new token's queries [len(member), E], 0 beyond the last, key [E] and value [E]: of a row and key/value head.
 
-    new: parts [P, B, K, G + 2, E], to be summed; bias [K, G + 2, E]; cos and sin [B, E / 2]; norms, if any: [2, E], the
-    scales of q and k.
+    new: parts [P, B, K, G + 2, E], to be summed; bias [K, G + 2, E]; cos and sin [B, E / 2]; norms: the scales of q
+    and k, [E] each, if they have norms.
     """
     P, _, _, members, E = new.shape
     G = members - 2
@@ -161,7 +162,7 @@ def _new_token(new, bias, cos, sin, *norms, row, kv, member, dtype, eps):
         values, partners = read(member, e, there), read(member, e ^ (E // 2), there)
         if norms:
             factor = jax.lax.rsqrt(jnp.sum(values * values, axis=-1, keepdims=True) / E + eps)
-            scale = lambda e: norms[0][which, e].astype(jnp.float32)  # noqa: E731
+            scale = lambda e: norms[which][e].astype(jnp.float32)  # noqa: E731
             values = (values * factor * scale(e)).astype(dtype).astype(jnp.float32)
             partners = (partners * factor * scale(e ^ (E // 2))).astype(dtype).astype(jnp.float32)
         angle = e & (E // 2 - 1)

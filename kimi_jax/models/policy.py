@@ -81,6 +81,7 @@ class Policy:
             angles,
             rows.segments,
             deepstack,
+            dtype=self._dtype,
             causal=True,
             implementation=self.implementation,
             mesh=self.mesh,

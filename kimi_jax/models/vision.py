@@ -106,7 +106,7 @@ def features(
     depth = 0
     for i, run in enumerate(runs):
         seen = segments[depth : depth + run.count] if config.window else segments
-        x = decoder.apply_run(run, params[str(i)], x, angles, seen, causal=False, **options)
+        x = decoder.apply_run(run, params[str(i)], x, angles, seen, dtype=dtype, causal=False, **options)
         depth += run.count
         if depth - 1 in config.deepstack_layers:
             deepstack.append(getattr(ends, f"merger_{len(deepstack)}").merge(x))

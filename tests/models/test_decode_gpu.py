@@ -89,5 +89,5 @@ def test_the_kernels_compile_for_a_gpu():
         return decode_gpu.decode(nnx.merge(graphdef, state), *args, interpret=False)
 
     x, added, angles, pages, table, positions = arguments()
-    code = lower_for_gpu(step, half(state), half(x), added, angles, half(pages), table, positions)
+    code = lower_for_gpu(step, half(state), x, added, angles, half(pages), table, positions)
     assert code.count("add_norm") >= 2 and "paged_split" in code

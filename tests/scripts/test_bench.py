@@ -185,3 +185,11 @@ def test_what_cannot_work_is_told(capsys, arguments, told):
         status = refused.code
     assert status == 2
     assert told in capsys.readouterr().err
+
+
+def test_gap(capsys):
+    asked = ("gap", "--rows=3", "--prompt=7", "--new=11")
+    exact, rounded = run(capsys, *asked), run(capsys, *asked, "--config.model.sampling_dtype=bfloat16")
+    for weights in ("at_random", "sharpened"):
+        assert 0 < exact[weights]["mean"] < 1e-5 < rounded[weights]["mean"] <= rounded[weights]["max"]
+    assert exact["sharpened"]["entropy"] == pytest.approx(1, abs=0.3) and exact["at_random"]["entropy"] > 1.5
