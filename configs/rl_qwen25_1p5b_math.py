@@ -14,8 +14,8 @@ says of the memory, the larger of its two phases; it needs no DIR:
 
 Adam's moments, the largest part, exist in the update phase only (rl.reset_optimizer). The estimate counts the large
 arrays; --topology asks the compiler for TPUs. One H100, 8 problems x 16, prompts of up to 512 tokens and responses of
-1,536, random weights (commit aa9f449): 33,100 tokens/s; 6.0 s for the rollout phase and 9.9 s for the update of an
-iteration. Nothing has been learned with it yet: there was no published model at hand.
+1,536, random weights (commit e08665a): 33,500 tokens/s; 5.9 s for the rollout phase and 9.0 s for the update of an
+iteration, 35 GiB at most. Nothing has been learned with it yet: there was no published model at hand.
 """
 
 from kimi_jax.trainers.config import default_config
