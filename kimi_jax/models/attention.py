@@ -23,8 +23,9 @@ from kimi_jax.models import paged
 IMPLEMENTATIONS = ("xla", "cudnn", "flash", "splash", "flash_interpret", "splash_interpret")
 # The longest row on which cuDNN gets a mask, which grows with the square of the length (32 GiB at 131,072 tokens), as
 # does the time spent on what it hides. Forward and backward on an H100, one sequence per row, heads of 128: `flash`
-# takes 1.8 ms in place of 5.3 at 16 rows of 2,048, and 1.0 in place of 1.9 at 64 rows of 512; as long with heads of 64.
-_LONGEST_MASK = 256
+# takes 1.8 ms in place of 5.3 at 16 rows of 2,048, and 1.0 in place of 1.9 at 64 rows of 512. With heads of 64 it takes
+# as long there, and its choice between two kernels makes XLA ask the host, which small models feel.
+_LONGEST_MASK = 512
 _LANES = 128  # what the rows of kernels are a multiple of
 
 

@@ -190,8 +190,8 @@ def test_nothing_grows_with_the_square_of_the_row():
 
 def test_choice_of_implementation():
     choose = attention.choose_implementation
-    assert choose("gpu", "bfloat16", row_tokens=256) == "cudnn"
-    assert choose("gpu", "bfloat16", row_tokens=4_097) == "flash"
+    assert choose("gpu", "bfloat16", row_tokens=512) == "cudnn"
+    assert choose("gpu", "bfloat16", row_tokens=513) == "flash"
     assert choose("gpu", "float32", row_tokens=131_072) == choose("cpu", "bfloat16", row_tokens=131_072) == "xla"
     assert choose("tpu", "bfloat16", row_tokens=131_072) == "splash"
     assert attention.paged_kernel("flash", 64) == "gpu"
