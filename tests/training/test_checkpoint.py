@@ -1,7 +1,6 @@
 """Whatever happens to the process, a restore gives the last complete step, bit for bit, or says why not."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -236,10 +235,10 @@ def test_a_save_that_fails_in_the_background_is_reported_once_and_forgotten(tmp_
     with checkpointer(tmp_path, keep_last=1) as ckpt:
         ckpt.save(1, {"x": np.asarray(1)}, {}, wait=True)
         ckpt.save(2, {"x": np.arange(3_000_017)}, {})
-        for unfinished in tmp_path.glob("2.*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        (tmp_path / "2").touch()  # the place that the finished directory is to be moved to
         with pytest.raises(RuntimeError, match=r"last save to .* failed; the complete steps there are \[1\]"):
             ckpt.wait()
+        (tmp_path / "2").unlink()
         assert ckpt.latest_step() == 1
         assert ckpt.restore({"x": np.asarray(0)})[1]["x"] == 1
         ckpt.save(2, {"x": np.asarray(2)}, {}, wait=True)
