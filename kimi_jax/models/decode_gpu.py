@@ -1,6 +1,6 @@
 """A layer of a decode step on one NVIDIA GPU, in fewer kernels than XLA makes of it: 8 in place of 12.
 
-For tens or hundreds of rows, a step is a chain of short kernels, a third of which do next to nothing: sum up a product
+For tens or hundreds of rows a step is a chain of short kernels, a third of which do next to nothing: sum up a product
 that was split over its inner axis to occupy the whole GPU, add a bias, rotate, add to the residual stream, normalise.
 Here the products stay split, and whoever reads them sums them up: the next norm, or the attention kernel.
 
@@ -23,7 +23,8 @@ from kimi_jax.models import layers, paged_gpu
 
 _PROGRAMS = 132  # that run at once: an H100 or H200 has so many multiprocessors
 _TILE = 128  # rows and columns of a product that are about one program's work
-_SHORT, _LONG = 32, 2_048  # inner axis of a part
+_STEP = 32  # a part's share of the inner axis is a multiple of it
+_LONG = 2_048  # such a share is worth splitting further
 
 
 def takes(block: "layers.Block", mesh: jax.sharding.Mesh | None) -> bool:
@@ -49,7 +50,7 @@ def product(x, w):
     B, D = x.shape
     tiles, P = pl.cdiv(B, _TILE) * pl.cdiv(w.shape[1], _TILE), 1
     # More parts occupy more of the GPU, and are more to read for what comes next: worth it for long sums only.
-    while tiles * 2 * P <= (_PROGRAMS if D > P * _LONG else _PROGRAMS // 2) and D % (2 * P * _SHORT) == 0:
+    while tiles * 2 * P <= (_PROGRAMS if D > P * _LONG else _PROGRAMS // 2) and D % (2 * P * _STEP) == 0:
         P *= 2
     x, w = x.reshape(B, P, D // P), w.reshape(P, D // P, -1)
     return jnp.einsum("bpd,pdn->pbn", x, w, preferred_element_type=jnp.float32)
