@@ -214,7 +214,8 @@ def _sft_programs(config, policy, mesh, weights):
     loss_fn, batch, reads = _supervised(config, policy)
     stepper = setup.make_stepper(config, policy, mesh, loss_fn, config.sft.optimizer, total_steps=1, reads=reads)
     hyper = {"temperature": np.float32(1), "weight": np.float32(1)}
-    yield from _update_programs(stepper, mesh, weights, "sft", batch, hyper, waiting=0, prefix="SFT ")
+    alone = config.sft.micro_rows == config.sft.rows
+    yield from _update_programs(stepper, mesh, weights, "sft", batch, hyper, waiting=0, prefix="SFT ", alone=alone)
 
 
 def _supervised(config, policy) -> tuple[LossFn, Any, Reads]:
@@ -242,13 +243,15 @@ def _rl_programs(config, policy, mesh, weights):
     yield from _update_programs(stepper, mesh, weights, "rl", batch, hyper, waiting=waiting)
 
 
-def _update_programs(stepper, mesh, weights, stage: str, batch, hyper, *, waiting: int, prefix: str = ""):
+def _update_programs(stepper, mesh, weights, stage: str, batch, hyper, *, waiting: int, prefix: str = "", alone=False):
+    """alone: there is one micro-batch, so that its gradients are added to none."""
     batch = setup.with_shardings(batch, sharding.row_shardings(mesh, batch))
     acc = jax.eval_shape(stepper.accumulate, None, weights.params, batch, hyper)
     acc = setup.with_shardings(acc, sharding.shardings(mesh, acc, sharding.TRAIN_RULES))
     state = TrainState(weights.params, weights.opt_states[stage], jax.ShapeDtypeStruct((), np.int32))
     resident = waiting + weights.moments(stage)
-    yield _compile(f"{prefix}gradient", stepper.accumulate, acc, weights.params, batch, hyper, resident=resident)
+    before = None if alone else acc
+    yield _compile(f"{prefix}gradient", stepper.accumulate, before, weights.params, batch, hyper, resident=resident)
     yield _compile(f"{prefix}optimizer", stepper.apply, state, acc, resident=waiting)
 
 

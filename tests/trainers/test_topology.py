@@ -94,6 +94,23 @@ def test_what_is_compiled_is_what_the_config_runs(changes, names, monkeypatch):
     assert [program.name for program in report.programs] == names and len(lowered) == len(names)
 
 
+@pytest.mark.parametrize("micro_rows, alone", [(4, True), (2, False)])
+def test_a_single_micro_batch_is_added_to_nothing(micro_rows, alone, monkeypatch):
+    changes = {"mesh.data": 2, "rl.iterations": 0, "data.heldout_per_kind": 0, "sft.rows": 4}
+    config = text_config(**changes | {"sft.micro_rows": micro_rows})
+    monkeypatch.setattr(topology, "topology_devices", lambda name: jax.devices())
+    monkeypatch.setitem(topology.HBM, jax.devices()[0].device_kind, 1.0)
+    before = {}
+
+    def compiled(name, function, *args, resident):
+        before[name] = args[0]
+        return topology.Program(name, 0.0, resident=resident)
+
+    monkeypatch.setattr(topology, "_compile", compiled)
+    topology.compile_for_topology(config, "these")
+    assert (before["SFT gradient"] is None) == alone
+
+
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("num_kv_heads", [1, 4])
