@@ -5,6 +5,7 @@ import dataclasses
 import math
 import statistics
 import types
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,12 @@ class Bench:
             config.update_from_flattened_dict({"model.size": args.shape} | args.overrides)
         except (KeyError, TypeError) as error:
             raise ValueError(f"--config.FIELD=VALUE: {error}") from error
+        if tokens := getattr(
+            args, "tokens", None
+        ):  # of rows that are trained on: which attention is best depends on it
+            with config.unlocked():
+                config.rows.tokens, config.rows.patches = tokens, 0
+                config.rows.logits_chunk = math.gcd(config.rows.logits_chunk, tokens)
         shape = dataclasses.replace(named_size(args.shape), vision=None)  # text alone
         shape = dataclasses.replace(shape, dtype=config.model.dtype or shape.dtype)
         mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
@@ -274,23 +281,19 @@ def partial(sampler: Sampler, *, budget: int) -> dict:
 
 def gap(bench: Bench) -> dict:
     args, policy = bench.args, bench.policy
-    key = jax.random.key(args.seed)
-    masters = _roughened(bench.masters(), key)
+    masters = _roughened(bench.masters(), jax.random.key(args.seed))
     sampler = Sampler.of(bench, rows=args.rows, prompt_tokens=args.prompt, max_tokens=args.new)
     sampler.params = make_handover(policy, bench.mesh, dtype=bench.sampling_dtype)(masters, sampler.params)
     prompts = bench.prompts([args.prompt] * args.rows, 0)
     requests = [Request(prompt, i, args.new) for i, prompt in enumerate(prompts)]
-    with bench.config.unlocked():
-        bench.config.rows.tokens, bench.config.rows.patches = args.prompt + args.new, 0
     packing = setup.packing(bench.config, policy.config, image_id=-1) | {"num_rows": 1}
-    logprobs = jax.jit(
-        lambda params, rows: policy.logprobs(params, rows, temperature=1.0, logits_chunk=args.prompt + args.new)[0]
-    )
+    chunk = bench.config.rows.logits_chunk
+    logprobs = jax.jit(lambda params, rows: policy.logprobs(params, rows, temperature=1.0, logits_chunk=chunk)[0])
 
     def measure():
         written, gaps = sampler.write(requests), []
         for prompt, segment in zip(prompts, written, strict=True):
-            example = Example(np.concatenate([prompt.tokens, segment.tokens]), np.arange(args.prompt + args.new) > 0)
+            example = Example(np.concatenate([prompt.tokens, segment.tokens]), np.arange(args.tokens) > 0)
             of_row = logprobs(masters, pack_rows([example], [[0]], **packing)[0])[0]
             gaps.append(np.abs(np.asarray(of_row)[args.prompt - 1 : -1] - segment.logprobs))
         return {"entropy": entropy(written), "mean": float(np.mean(gaps)), "max": float(np.max(gaps))}
@@ -304,10 +307,13 @@ def gap(bench: Bench) -> dict:
 
 def _roughened(params: dict, key: jax.Array) -> dict:
     """Biases that are not 0 and scales that are not 1, so that it shows where they are applied."""
-    leaves, tree = jax.tree.flatten(params)
-    draw = lambda i, leaf: 0.1 * jax.random.normal(jax.random.fold_in(key, i), leaf.shape)  # noqa: E731
-    vectors = [leaf + draw(i, leaf) if leaf.ndim <= 2 and leaf.size < 10**6 else leaf for i, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(tree, vectors)
+
+    def one(path, leaf):
+        if path[-1].key not in ("bias", "scale"):
+            return leaf
+        return leaf + 0.1 * jax.random.normal(jax.random.fold_in(key, zlib.crc32(str(path).encode())), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def handoff(bench: Bench) -> dict:
@@ -337,11 +343,7 @@ def train(bench: Bench) -> dict:
     micro_rows = args.micro_rows or args.rows
     if args.rows % micro_rows:
         raise ValueError(f"--rows={args.rows} must be a multiple of --micro_rows={micro_rows}.")
-    with config.unlocked():
-        config.rows.tokens, config.rows.patches = args.tokens, 0
-        config.rows.logits_chunk = math.gcd(config.rows.logits_chunk, args.tokens)
-    policy = setup.make_policy(config, bench.mesh, shape)  # again: which attention is best depends on the rows
-    stepper = setup.make_stepper(config, policy, bench.mesh, loss_fn, config.sft.optimizer, total_steps=100)
+    stepper = setup.make_stepper(config, bench.policy, bench.mesh, loss_fn, config.sft.optimizer, total_steps=100)
 
     packing = setup.packing(config, shape, image_id=-1) | {"num_rows": micro_rows}
     one_per_row = [[i] for i in range(micro_rows)]

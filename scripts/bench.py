@@ -58,8 +58,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for command in (decode, rollout, gap, handoff, train):
         command.add_argument("--shape", default="tiny", help="a name in models.config.NAMED_SIZES (default: tiny)")
         command.add_argument("--seed", type=int, default=0, help="of weights, prompts, lengths and sampling (0)")
-        command.add_argument("--repeats", type=_count, default=3, help="runs to take the median of (3)")
         command.add_argument("--json", action="store_true", help="print the JSON line alone")
+    for command in (decode, rollout, handoff, train):
+        command.add_argument("--repeats", type=_count, default=3, help="runs to take the median of (3)")
     for command in (decode, rollout, gap):
         command.add_argument("--rows", type=_count, default=64, help="responses in flight (64)")
     for command, peers in ((decode, PEERS), (rollout, PEERS), (train, TRAINERS)):
@@ -95,6 +96,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.live = args.live or [args.prompt] * args.rows
         if args.new < 2:
             parser.error("--new=1 leaves no step beside the first, whose time is taken off: give at least 2")
+    if args.command == "gap":
+        args.tokens = args.prompt + args.new
     if args.command == "rollout" and (args.iterations is None) != (args.budget is None):
         parser.error("--iterations and --budget belong together: give both, or neither for a single rollout")
     return args

@@ -27,14 +27,14 @@ _STEP = 32  # a part's share of the inner axis is a multiple of it
 _LONG = 2_048  # such a share is worth splitting further
 
 
-def takes(block: "layers.Block", mesh: jax.sharding.Mesh | None) -> bool:
+def takes(block: layers.Block, mesh: jax.sharding.Mesh | None) -> bool:
     """Whether `decode` can stand in for `layers.Block.decode`: one device, fused matrices, RMSNorm, SwiGLU."""
     kinds = isinstance(block.attn_norm, layers.RMSNorm) and isinstance(block.mlp, layers.SwiGLU)
     biased = kinds and (block.attn.o_proj.bias is not None or block.mlp.gate_up_proj.bias is not None)
     return kinds and block.attn.fused and not biased and (mesh is None or mesh.size == 1)
 
 
-def decode(block: "layers.Block", x, added, angles, pages, table, positions, *, interpret: bool):
+def decode(block: layers.Block, x, added, angles, pages, table, positions, *, interpret: bool):
     """`layers.Block.decode`, for blocks that `takes` accepts."""
     attn, mlp = block.attn, block.mlp
     x, y = add_norm(x, added, block.attn_norm, interpret=interpret)

@@ -155,7 +155,8 @@ def _memory_lines(config, policy, mesh, state):
         heads, mlp_width = split(tower.num_heads, tensor), split(tower.mlp_width, tensor)
         qkv, mlp = 3 * heads * head_dim, 3 * mlp_width
         width = 4 * tower.width + mlp + qkv
-        keepable = {"attention": heads * head_dim, "qkv": qkv, "middle": tower.width, "mlp": mlp - mlp_width}
+        middle = tower.width * np.dtype(np.float32).itemsize // itemsize  # of the residual stream, which is float32
+        keepable = {"attention": heads * head_dim, "qkv": qkv, "middle": middle, "mlp": mlp - mlp_width}
         inputs = tower.width + sum(keepable[name] for name in config.model.kept)
         if not config.model.remat:
             return itemsize * tokens * layers * width

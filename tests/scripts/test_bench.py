@@ -44,7 +44,8 @@ def nano(monkeypatch):
 
 
 def run(capsys, *arguments):
-    assert bench.main([*arguments, "--shape=nano", "--repeats=1"]) == 0
+    repeats = ["--repeats=1"] * (arguments[0] != "gap")
+    assert bench.main([*arguments, "--shape=nano", *repeats]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     assert result["parameters"] == PARAMETERS and result["dtype"] == "float32"
@@ -124,11 +125,14 @@ def test_train(capsys):
     assert np.isfinite(result["loss"])
 
 
-def test_train_chooses_attention_for_the_rows_that_it_trains_on(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "command", [("train", "--rows=1", "--tokens=13"), ("gap", "--rows=1", "--prompt=6", "--new=7")]
+)
+def test_attention_is_chosen_for_the_rows_that_are_trained_on(command, capsys, monkeypatch):
     chosen = []
     monkeypatch.setattr(attention, "choose_implementation", lambda *_, row_tokens: chosen.append(row_tokens) or "xla")
-    run(capsys, "train", "--rows=1", "--tokens=13")
-    assert chosen[-1] == 13
+    run(capsys, *command)
+    assert chosen == [13]
 
 
 def test_runs_that_compile_do_not_count():

@@ -61,6 +61,8 @@ def test_what_layers_keep_takes_memory():
     (tokens, less), (_, more) = activations(), activations(**{"model.kept": ("mlp",)})
     mlp = 28 * tokens * 2 * (8_960 // 2) * 2 / 2**30  # layers × tokens × gate and up, over 2 devices × bytes
     assert more - less == pytest.approx(mlp, abs=0.0011)
+    middle = 28 * tokens * 1_536 * 4 / 2**30  # of the stream, which is float32
+    assert activations(**{"model.kept": ("middle",)})[1] - less == pytest.approx(middle, abs=0.0011)
     tokens, gib = activations(**{"rows.tokens": 65_536})
     assert tokens > 2 * 32_768  # of which the MLP sees so many at a time: gate, up and their product
     values = tokens * (28 * 1_536 + 4 * 1_536 + 3 * (12 // 2) * 128) + 32_768 * 3 * (8_960 // 2)
