@@ -49,22 +49,22 @@ def state_of_the_machine() -> dict:
         "shared memory": sorted(os.listdir("/dev/shm")),
         "segments": pathlib.Path("/proc/sysvipc/shm").read_text(),
         "files": {place: sorted(os.listdir(place)) for place in (".", "/", "/etc", "/dev", "/usr", "/usr/bin")},
-        "scratch": sorted(name for name in os.listdir("/tmp") if "sandbox" in name),
     }
 
 
-def nobodies() -> set[str]:
-    found = set()
+def passing() -> set[str]:
+    """Processes of nobody, by number, and scratch directories: other tests may have some meanwhile."""
+    found = {name for name in os.listdir("/tmp") if "sandbox" in name}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):  # it has just ended
             found |= {pid} if os.stat(f"/proc/{pid}").st_uid == NOBODY else set()
     return found
 
 
-def check_that_nobody_is_left(before: set[str]) -> None:
-    """Other tests may run sandboxes meanwhile, which come to an end; what an attack has left behind does not."""
-    new, patience = nobodies() - before, time.monotonic() + 60
-    while (new := new & nobodies()) and time.monotonic() < patience:
+def check_that_nothing_is_left(before: set[str]) -> None:
+    """What other tests have comes to an end; what an attack has left behind does not."""
+    new, patience = passing() - before, time.monotonic() + 60
+    while (new := new & passing()) and time.monotonic() < patience:
         time.sleep(0.2)
     assert not new
 
@@ -75,12 +75,12 @@ def test_there_are_enough_of_them():
 
 
 def test_all_are_contained():
-    before, others = state_of_the_machine(), nobodies()
+    before, others = state_of_the_machine(), passing()
     results = attacks.run_all(attacks.ATTACKS)
     assert len(results) >= 40
     assert not attacks.complaints(attacks.ATTACKS, results)
     assert state_of_the_machine() == before
-    check_that_nobody_is_left(others)
+    check_that_nothing_is_left(others)
 
 
 def test_all_are_contained_without_rights_too():
@@ -97,7 +97,7 @@ def test_all_are_contained_without_rights_too():
     usable = [python for python, trial in trials.items() if trial.returncode == 0]
     if not usable:
         pytest.skip("nobody has a Python 3.11 here that can read this repository")
-    before, others = state_of_the_machine(), nobodies()
+    before, others = state_of_the_machine(), passing()
     environment = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PATH": os.environ["PATH"]}
     command = [*as_nobody, usable[0], str(HERE / "attacks.py")]
     run = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=300)
@@ -106,7 +106,7 @@ def test_all_are_contained_without_rights_too():
     assert len(results) >= 40
     assert not attacks.complaints(attacks.ATTACKS, results)
     assert state_of_the_machine() == before
-    check_that_nobody_is_left(others)
+    check_that_nothing_is_left(others)
 
 
 def test_polling_alone_contains_those_that_control_groups_would(monkeypatch):
