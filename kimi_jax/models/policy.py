@@ -23,12 +23,21 @@ class DecoderEnds(nnx.Module):
         # Small enough that a fresh model with tied embeddings predicts nearly uniformly.
         init = nnx.initializers.normal(0.02)
         shape = (config.vocab_size, config.width)
-        table = lambda: nnx.Embed(*shape, embedding_init=init, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)  # noqa: E731
+        table = lambda: nnx.Embed(*shape, embedding_init=init, param_dtype=jnp.float32, rngs=rngs)  # noqa: E731
         linear = lambda n: nnx.Linear(config.width, n, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)  # noqa: E731
+        self.dtype = dtype
         self.embed = table()
         self.norm = layers.rms_norm(config.width, config.norm_eps, dtype, rngs)
         self.head = None if config.tie_embeddings else table()
         self.scalar_head = linear(1) if config.scalar_head else None
+
+    def embeddings(self, tokens):
+        """Tokens [...] -> [..., D].
+
+        Rows of the table are cast, not the table: its gradient is then summed in the table's own precision. In bfloat16
+        a token that is seen often would stop at 256 times what one occurrence adds, and a GPU would take longer.
+        """
+        return jnp.take(self.embed.embedding[...], tokens, axis=0).astype(self.dtype)
 
     def logits(self, x):
         """x [..., D] after the final norm -> float32 [..., V]."""
@@ -158,7 +167,7 @@ class Policy:
         angles = self._angles(turns[:, None])
         options = dict(implementation=self.implementation, mesh=self.mesh)
         x, pages = decoder.apply_decode(
-            self._fused_runs, params["decoder"], ends.embed(token), angles, pages, table, positions, **options
+            self._fused_runs, params["decoder"], ends.embeddings(token), angles, pages, table, positions, **options
         )
         return ends.logits(ends.norm(x)), pages
 
@@ -166,12 +175,15 @@ class Policy:
 
     def _embed(self, params, rows, *, remat):
         """What the decoder reads: embeddings [R, T, D], angles, and what images add to its first layers or None."""
-        x, deepstack = self._ends(params).embed(rows.tokens), None
+        x, deepstack = self._ends(params).embeddings(rows.tokens), None
         if self.config.vision and rows.patches.shape[1]:
             features, deeper = self._image_features(params, rows, remat=remat)
             is_image = rows.image_index[..., None] >= 0
-            at = jnp.maximum(rows.image_index, 0)[..., None]
-            place = lambda features, text: jnp.where(is_image, jnp.take_along_axis(features, at, axis=1), text)  # noqa: E731
+            # Beyond the features for text, whose gradient is then dropped. Any feature would do for the values, but a
+            # GPU would add the zeros of all text to its gradient one after the other: more than all the rest of a step.
+            at = jnp.where(is_image, rows.image_index[..., None], features.shape[1])
+            take = functools.partial(jnp.take_along_axis, axis=1, mode="fill", fill_value=0)
+            place = lambda features, text: jnp.where(is_image, take(features, at), text)  # noqa: E731
             x = place(features, x)
             if deeper:
                 deepstack = jnp.stack([place(features, 0) for features in deeper])

@@ -13,7 +13,7 @@ from flax import nnx
 
 from kimi_jax.models import layers
 from kimi_jax.models.config import KEEPABLE
-from kimi_jax.models.policy import Policy
+from kimi_jax.models.policy import DecoderEnds, Policy
 from kimi_jax.types import Example
 from tests.helpers import CONFIG, IMAGE_ID, assert_trees_close, pack, random_params, random_prompt
 
@@ -243,6 +243,13 @@ def test_a_norm_rounds_alike_with_the_masters_and_with_what_is_handed_over_to_sa
     assert y.dtype == jnp.bfloat16
     norm.scale[...] = scale.astype(jnp.bfloat16)
     np.testing.assert_array_equal(norm(x), y)
+
+
+def test_the_gradient_of_a_token_that_is_seen_often_is_the_sum_over_all_it_is_seen_at():
+    ends = DecoderEnds(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    tokens = jnp.full((1, 1009), 2)  # in bfloat16, 256 ones and another one are 256
+    grads = nnx.grad(lambda ends: ends.embeddings(tokens).astype(jnp.float32).sum())(ends)
+    np.testing.assert_array_equal(grads.embed.embedding[...][2], np.full(CONFIG.width, 1009.0))
 
 
 def test_the_scalar_head_matches_numpy_and_is_missed_when_absent():
