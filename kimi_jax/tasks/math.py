@@ -8,6 +8,7 @@ import ast
 import functools
 import operator
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -113,14 +114,19 @@ def _reachable(values: tuple[int, ...]) -> frozenset[int]:
     return frozenset(made)
 
 
+def _tuples(rng: np.random.Generator, size: int) -> Iterator[list[int]]:
+    """Without end. Many are drawn at once, since most are for nothing and a call costs more than what it draws."""
+    while True:
+        yield from rng.integers(1, _LARGEST + 1, (32, size)).tolist()
+
+
 def draw_countdown(rng: np.random.Generator, difficulty: int) -> tuple[int, list[int], Problem]:
     """A target in 10..99 to be made of `difficulty` numbers in 1..16, each used once: (target, numbers, problem).
 
     The target is drawn first, so targets are spread evenly; numbers are drawn until a short search finds it.
     """
     target = int(rng.integers(10, 100))
-    while True:
-        numbers = rng.integers(1, _LARGEST + 1, difficulty).tolist()
+    for numbers in _tuples(rng, difficulty):
         if target not in _reachable(tuple(sorted(numbers))):
             continue
         trace: list[str] = []

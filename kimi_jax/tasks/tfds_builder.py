@@ -38,7 +38,7 @@ class VisualProblemsConfig(tfds.core.BuilderConfig):
 class VisualProblems(tfds.core.GeneratorBasedBuilder):
     """Problems of one task, splits "train" and "heldout", in the order in which `make_problems` draws them."""
 
-    VERSION = tfds.core.Version("1.1.0")  # to be raised when a task draws other problems than before
+    VERSION = tfds.core.Version("1.2.0")  # to be raised when a task draws other problems than before
     code_path = None  # nothing is downloaded: no checksums beside this file to look for
 
     def _info(self) -> tfds.core.DatasetInfo:

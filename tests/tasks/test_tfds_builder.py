@@ -42,4 +42,4 @@ def test_round_trip_without_tensorflow(tmp_path):
     result = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and result.stdout.endswith("equal\n"), result.stderr[-3000:]
     folders = [str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("*.array_record*")]
-    assert folders == ["visual_problems/text_image-train13-heldout7-seed3/1.1.0"] * 2
+    assert folders == ["visual_problems/text_image-train13-heldout7-seed3/1.2.0"] * 2
