@@ -49,9 +49,8 @@ class Bench:
             config.update_from_flattened_dict({"model.size": args.shape} | args.overrides)
         except (KeyError, TypeError) as error:
             raise ValueError(f"--config.FIELD=VALUE: {error}") from error
-        if tokens := getattr(
-            args, "tokens", None
-        ):  # of rows that are trained on: which attention is best depends on it
+        # Of rows that are trained on, which the choice of attention depends on.
+        if tokens := getattr(args, "tokens", None):
             with config.unlocked():
                 config.rows.tokens, config.rows.patches = tokens, 0
                 config.rows.logits_chunk = math.gcd(config.rows.logits_chunk, tokens)

@@ -179,14 +179,13 @@ class Policy:
         if self.config.vision and rows.patches.shape[1]:
             features, deeper = self._image_features(params, rows, remat=remat)
             is_image = rows.image_index[..., None] >= 0
-            # Beyond the features for text, whose gradient is then dropped. Any feature would do for the values, but a
-            # GPU would add the zeros of all text to its gradient one after the other: more than all the rest of a step.
+            # Text points beyond the features, so that it adds nothing to the gradient of any: GPUs would add the zeros
+            # of all the text of a row to the gradient of one feature, one after the other.
             at = jnp.where(is_image, rows.image_index[..., None], features.shape[1])
-            take = functools.partial(jnp.take_along_axis, axis=1, mode="fill", fill_value=0)
-            place = lambda features, text: jnp.where(is_image, take(features, at), text)  # noqa: E731
-            x = place(features, x)
+            take = lambda features: jnp.take_along_axis(features, at, axis=1, mode="fill", fill_value=0)  # noqa: E731
+            x = jnp.where(is_image, take(features), x)
             if deeper:
-                deepstack = jnp.stack([place(features, 0) for features in deeper])
+                deepstack = jnp.stack([take(features) for features in deeper])
         if self.config.mrope_sections:
             config = self.config
             angles = layers.mrope_angles(rows.rope_positions, config.mrope_axes, config.rope_base, config.rope_scaling)
