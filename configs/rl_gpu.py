@@ -3,7 +3,7 @@
     python scripts/train.py --config=configs/rl_gpu.py --workdir=runs/rl_gpu
 
 One H200: 8 to 9 minutes. Held-out problems, mean of three seeds, pass@1: Countdown 58.1% -> 80.0%, pictures 69.2% ->
-93.8%; greedy: 63.9% -> 80.7% and 76.8% -> 95.1%. docs/log.md has the controls of SFT.
+93.8%; greedy: 63.9% -> 80.7% and 76.8% -> 95.1% (commit aa9f449). docs/log.md has the controls of SFT.
 """
 
 from kimi_jax.trainers.config import default_config
