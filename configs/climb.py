@@ -2,9 +2,9 @@
 
     python scripts/train.py --config=configs/climb.py --workdir=runs/climb/start-0
 
-The settings are those of configs/rl_gpu.py but for the tasks, for longer responses, and for checkpoints of RL that are
-all measured and kept, from which `scripts/long2short.py select` chooses. What follows RL changes some of them
-(scripts/climb.py says which).
+The settings are those of configs/rl_gpu.py but for the tasks, for less SFT and longer responses, for layers that are
+unrolled and keep what they compute, and for checkpoints of RL that are all measured and kept, from which
+`scripts/long2short.py select` chooses. What follows RL changes some of them (scripts/climb.py says which).
 """
 
 from kimi_jax.trainers.config import default_config
@@ -14,9 +14,11 @@ def get_config():
     config = default_config()
     with config.unlocked():
         config.model.size = "small"
+        config.model.remat = False
+        config.model.unroll = 8
 
         config.data.text_tasks = ("countdown",)
-        config.data.image_tasks = ("countdown_image_rich",)
+        config.data.image_tasks = ("countdown_image", "countdown_image_rich")  # the second alone is hardly learnt
         config.data.train_per_kind = 5_000
 
         config.rows.tokens = 512
@@ -24,16 +26,16 @@ def get_config():
         config.rows.logits_chunk = 512
 
         config.sft.examples_per_kind = 1_500
-        config.sft.steps = 12_000
+        config.sft.steps = 6_000
         config.sft.rows = 16
         config.sft.micro_rows = 16
-        config.sft.eval_every = 2_000
-        config.sft.checkpoint_every = 4_000
+        config.sft.eval_every = 3_000
+        config.sft.checkpoint_every = 3_000
         config.sft.optimizer.peak = 2e-3
         config.sft.optimizer.end = 2e-3
         config.sft.optimizer.weight_decay = 1.0
 
-        config.rl.iterations = 100
+        config.rl.iterations = 80
         config.rl.problems = 256
         config.rl.responses = 8
         config.rl.updates = 4

@@ -14,6 +14,7 @@ METHODS = {
     "dpo": "DPO",
     "merge_shortest": "merge + shortest rejection sampling",
     "shortest": "shortest rejection sampling",
+    "brief": "SFT on brief solutions",
     "merge": "merge",
 }  # by their steps
 # From the best to the worst, as far as the report orders them: RL in its text, the others in its Fig. 7.
@@ -98,10 +99,10 @@ def _versus(runs: Sequence[Scores], long: Sequence[Scores]) -> dict[str, Any]:
 
 
 def _measured(workdir: pathlib.Path, method: str, seeds: Sequence[int]) -> Iterator[tuple[int, Scores]]:
-    if method == "short_rl":
+    if stage := {"short_rl": "rl", "brief": "sft"}.get(method):  # of which each seed has one
         for seed in seeds:
-            if summary := _json(workdir / f"short_rl-{seed}" / "summary.json"):
-                yield seed, summary["rl"]
+            if summary := _json(workdir / f"{method}-{seed}" / "summary.json"):
+                yield seed, summary[stage]
     elif method == "merge":
         path = workdir / "merge" / "evaluations.jsonl"
         if path.exists():

@@ -14,7 +14,9 @@ Ctrl-C before a limit; leave a minute for what a run is in the middle of. The st
     merge            the average of start-0 and of a short model, for which shortest stands: two models can be averaged
                      if they are near each other, as one is that was trained on from the other
     merge_shortest   shortest rejection sampling once more, of the merged model
-    short_rl-SEED    RL of start-SEED with the length reward and half the room, from the checkpoint that `select` names
+    brief-SEED       SFT of start-SEED on worked solutions written in brief: the same searches in about half the tokens
+    short_rl-SEED    RL with the length reward and half the room, from the checkpoint of start-SEED or brief-SEED that
+                     `select` names: the shortest within 15 points of the best
     OBJECTIVE-RATE   mirror_descent, rest, grpo, rloo and reinforce from the SFT of start-0: as many samples each, and
                      the same --rates, as Adam's steps have a size that does not depend on how a loss is scaled
     half             start-0 with the second half of each chain of thought deleted: scripts/controls.py
@@ -56,6 +58,10 @@ SETTINGS = {
     "shortest": _NO_RL
     | {"data.text_tasks": (), "data.image_tasks": (), "sft.examples_per_kind": 5_000}
     | {"sft.steps": 800, "sft.optimizer.peak": 2e-4},
+    "brief": _NO_RL
+    | {"data.text_tasks": ("countdown_brief",)}
+    | {"data.image_tasks": ("countdown_image_brief", "countdown_image_brief_rich")}
+    | {"sft.steps": 1_500, "sft.optimizer.peak": 1e-3},  # a new way of writing takes more than a new choice
     "dpo": _NO_RL | {"sft.steps": 400, "sft.optimizer.peak": 5e-5, "rows.tokens": 1_024},  # two sides share a row
     "short_rl": {"sft.steps": 0, "sampling.max_tokens": 160}
     | {"rewards.weights.length": 0.5, "rewards.length_warmup": 0},
@@ -236,10 +242,14 @@ def steps(runner: Runner, seeds: Sequence[int], rates: Sequence[str]) -> dict[st
         runner.sample("shortest", root / "merge", own / "examples.jsonl")
         imitate("merge_shortest", root / "merge", own)
 
+    def brief(seed: int) -> None:
+        train(f"brief-{seed}", SETTINGS["brief"] | {"init": root / f"start-{seed}", "seed": seed})
+
     def short_rl(seed: int) -> None:
-        begun, selected = root / f"start-{seed}", root / f"start-{seed}" / "selected.json"
-        frontier = f"--out={begun / 'frontier.png'}"
-        run("long2short.py", "select", frontier, begun, product=selected, keep_stdout=True)
+        models = root / f"start-{seed}", root / f"brief-{seed}"
+        selected = models[1] / "selected.json"
+        flags = [f"--out={models[1] / 'frontier.png'}", "--tolerance=0.15"]
+        run("long2short.py", "select", *flags, *models, product=selected, keep_stdout=True)
         init = json.loads(selected.read_text())["init"]
         train(f"short_rl-{seed}", SETTINGS["short_rl"] | {"init": init, "seed": seed})
 
@@ -258,8 +268,8 @@ def steps(runner: Runner, seeds: Sequence[int], rates: Sequence[str]) -> dict[st
     found["merge"] = Step(root / "merge" / "evaluations.jsonl", after("shortest"), merge)
     found["merge_shortest"] = Step(summary("merge_shortest"), ("merge", found["merge"].product), merge_shortest)
     for seed in seeds:
-        own = f"short_rl-{seed}"
-        found[own] = Step(summary(own), after(f"start-{seed}"), part(short_rl, seed))
+        for own, before, do in (("brief", "start", brief), ("short_rl", "brief", short_rl)):
+            found[f"{own}-{seed}"] = Step(summary(f"{own}-{seed}"), after(f"{before}-{seed}"), part(do, seed))
     for rate in rates:
         for name in OBJECTIVES:  # which begin when SFT has ended
             own = f"{name}-{rate}"

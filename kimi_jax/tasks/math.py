@@ -120,10 +120,30 @@ def _tuples(rng: np.random.Generator, size: int) -> Iterator[list[int]]:
         yield from rng.integers(1, _LARGEST + 1, (32, size)).tolist()
 
 
-def draw_countdown(rng: np.random.Generator, difficulty: int) -> tuple[int, list[int], Problem]:
+_LAST_MOVE = re.compile(r"([0-9]+)[-+*/][0-9]+=([0-9]+)")  # (the larger operand, the result); moves before end in ":"
+
+
+def _in_brief(trace: list[str], target: int) -> list[str]:
+    """The same search, where two numbers are left without what leads away from the target and without the operands.
+
+    Of a >= b are a + b and a * b not less than a, a - b and a / b not more: one look at the target rules two out.
+    """
+    brief = []
+    for step in trace:
+        if move := _LAST_MOVE.fullmatch(step):
+            larger, value = map(int, move.groups())
+            if (value >= larger) != (target >= larger):
+                continue
+            step = move[2]
+        brief.append(step)
+    return brief
+
+
+def draw_countdown(rng: np.random.Generator, difficulty: int, *, brief: bool = False) -> tuple[int, list[int], Problem]:
     """A target in 10..99 to be made of `difficulty` numbers in 1..16, each used once: (target, numbers, problem).
 
-    The target is drawn first, so targets are spread evenly; numbers are drawn until a short search finds it.
+    The target is drawn first, so targets are spread evenly; numbers are drawn until a short search finds it. brief: the
+    same problem with the same search, written in about half the tokens.
     """
     target = int(rng.integers(10, 100))
     for numbers in _tuples(rng, difficulty):
@@ -134,9 +154,11 @@ def draw_countdown(rng: np.random.Generator, difficulty: int) -> tuple[int, list
         solution = f"{' '.join(trace)} {ANSWER_MARKER} {expression}"
         if expression and len(solution) <= MAX_TRACE:
             break
+    if brief:
+        solution = f"{' '.join(_in_brief(trace, target))} {ANSWER_MARKER} {expression}"
     problem = Problem(
         id=f"countdown:{','.join(map(str, sorted(numbers)))}>{target}",
-        task="countdown" if difficulty == 3 else "countdown_hard",
+        task="countdown_brief" if brief else "countdown" if difficulty == 3 else "countdown_hard",
         prompt=f"Make {target} from {', '.join(map(str, numbers))}.",
         answer=expression,
         difficulty=difficulty,
@@ -198,14 +220,23 @@ def verify_countdown(problem: Problem, text: str) -> Verdict:
     return Verdict(Outcome.CORRECT if value == target else Outcome.WRONG, answer)
 
 
+def _draw(rng: np.random.Generator, difficulty: int, *, brief: bool) -> Problem:
+    return draw_countdown(rng, difficulty, brief=brief)[-1]
+
+
 # Three numbers are what a small model can learn to search; with four and five it mostly runs out of tokens.
 COUNTDOWN_TASKS = tuple(
     Task(
         name=name,
         kind="text",
         difficulties=difficulties,
-        draw=lambda rng, difficulty: draw_countdown(rng, difficulty)[-1],
+        draw=functools.partial(_draw, brief=bool(twin)),
         verify=verify_countdown,
+        twin=twin,
     )
-    for name, difficulties in (("countdown", (3,)), ("countdown_hard", (4, 5)))
+    for name, difficulties, twin in (
+        ("countdown", (3,), ""),
+        ("countdown_hard", (4, 5), ""),
+        ("countdown_brief", (3,), "countdown"),
+    )
 )

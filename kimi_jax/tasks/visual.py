@@ -70,6 +70,7 @@ def _visual_task(
     difficulties: tuple[int, ...],
     draw_content: Callable[[np.random.Generator, int], Content],
     verify: Callable[[Problem, str], Verdict],
+    twin: str,
 ) -> Task:
     def draw(rng: np.random.Generator, difficulty: int) -> Problem:
         content = draw_content(rng, difficulty)
@@ -86,7 +87,7 @@ def _visual_task(
             solution=content.solution,
         )
 
-    return Task(name=name, kind="image", difficulties=difficulties, draw=draw, verify=verify)
+    return Task(name=name, kind="image", difficulties=difficulties, draw=draw, verify=verify, twin=twin)
 
 
 def _canvas(rows: int, columns: int, style: Style, rng: np.random.Generator) -> np.ndarray:
@@ -368,9 +369,9 @@ def draw_text_image(rng: np.random.Generator, difficulty: int) -> Content:
     )
 
 
-def draw_countdown_image(rng: np.random.Generator, difficulty: int) -> Content:
+def draw_countdown_image(rng: np.random.Generator, difficulty: int, *, brief: bool = False) -> Content:
     """A `countdown` problem whose target and numbers are drawn, line by line; its solution begins by reading them."""
-    target, numbers, problem = draw_countdown(rng, difficulty)
+    target, numbers, problem = draw_countdown(rng, difficulty, brief=brief)
     return Content(
         id=problem.id,
         question="Make the first number from the others.",
@@ -381,16 +382,19 @@ def draw_countdown_image(rng: np.random.Generator, difficulty: int) -> Content:
     )
 
 
+_draw_in_brief = functools.partial(draw_countdown_image, brief=True)
+
 VISUAL_TASKS = tuple(
-    _visual_task(name + suffix, style, difficulties, draw_content, verify)
+    _visual_task(name + suffix, style, difficulties, draw_content, verify, twin and twin + suffix)
     for suffix, style in (("", PLAIN), ("_rich", RICH), ("_large", LARGE))
-    for name, difficulties, draw_content, verify in (
-        ("scene_count", (2, 4, 6), draw_scene_count, verify_exact),
-        ("scene_compare", (1, 2, 4), draw_scene_compare, verify_exact),
-        ("scene_locate", (3, 6, 9), draw_scene_locate, verify_exact),
-        ("bar_chart", (3, 4, 5), draw_bar_chart, verify_exact),
-        ("pips", (1, 2, 3), draw_pips, verify_exact),
-        ("text_image", CHAIN.difficulties, draw_text_image, verify_exact),
-        ("countdown_image", (3,), draw_countdown_image, verify_countdown),
+    for name, difficulties, draw_content, verify, twin in (
+        ("scene_count", (2, 4, 6), draw_scene_count, verify_exact, ""),
+        ("scene_compare", (1, 2, 4), draw_scene_compare, verify_exact, ""),
+        ("scene_locate", (3, 6, 9), draw_scene_locate, verify_exact, ""),
+        ("bar_chart", (3, 4, 5), draw_bar_chart, verify_exact, ""),
+        ("pips", (1, 2, 3), draw_pips, verify_exact, ""),
+        ("text_image", CHAIN.difficulties, draw_text_image, verify_exact, ""),
+        ("countdown_image", (3,), draw_countdown_image, verify_countdown, ""),
+        ("countdown_image_brief", (3,), _draw_in_brief, verify_countdown, "countdown_image"),
     )
 )

@@ -32,6 +32,7 @@ BASE = {
 SETTINGS = {
     "sampling": {"n": 5, "limit": 19, "max_tokens": 23, "rows": 16, "batch": 7, "workers": 0},
     "shortest": {"rl.iterations": 0, "data.text_tasks": (), "data.image_tasks": (), "sft.steps": 2},
+    "brief": {"rl.iterations": 0, "sft.steps": 1},
     "dpo": {"rl.iterations": 0, "sft.steps": 2, "rows.tokens": 128},
     "short_rl": {"sft.steps": 0, "rl.iterations": 1, "sampling.max_tokens": 17},
     "objectives": {"sft.steps": 0, "rl.iterations": 1},
@@ -103,12 +104,15 @@ def test_the_whole_climb(tmp_path, called, capsys):
     before = len(made)
     assert climb.main(flags) == 0
     first = [next((a for a in rest if not a.startswith("--")), "") for _, *rest in made[before:]]
-    assert first == ["evaluate", "shortest", "", "select", "", "select", "", "", "half"]
+    assert first == ["evaluate", "shortest", "", "", "select", "", "", "select", "", "", "half"]
     assert made[before + 1][2] == f"--checkpoint={tmp_path}/merge"
     assert f"--config.data.train_file={tmp_path}/merge_samples/examples.jsonl" in made[before + 2]
-    selected = json.loads((tmp_path / "start-3" / "selected.json").read_text())["init"]
-    assert selected.startswith(f"{tmp_path}/start-3/checkpoints/") and f"--config.init={selected}" in made[before + 6]
-    assert f"--config.init={long}/checkpoints/sft" in made[before + 7]
+    models = [f"{tmp_path}/{name}-3" for name in ("start", "brief")]
+    assert f"--config.init={models[0]}" in made[before + 6] and list(made[before + 7][-2:]) == models
+    selected = json.loads((tmp_path / "brief-3" / "selected.json").read_text())["init"]
+    assert selected.startswith(tuple(f"{model}/checkpoints/" for model in models))
+    assert f"--config.init={selected}" in made[before + 8]
+    assert f"--config.init={long}/checkpoints/sft" in made[before + 9]
 
     printed, before = capsys.readouterr().out, len(made)
     result = json.loads((tmp_path / "climb.json").read_text())
@@ -117,7 +121,7 @@ def test_the_whole_climb(tmp_path, called, capsys):
     assert result["rl"]["all"]["tokens"] == pytest.approx(means([summary(f"start-{s}")["rl"] for s in (2, 3)]))
     methods = result["methods"]
     assert {name: own["seeds"] for name, own in methods.items()} == {
-        name: [2, 3] if name == "short_rl" else [2] for name in _climb_table.METHODS
+        name: [2, 3] if name in ("short_rl", "brief") else [2] for name in _climb_table.METHODS
     }
     assert methods["dpo"]["scores"]["all"]["tokens"] == pytest.approx(means([summary("dpo")["sft"]]))
     assert methods["dpo"]["share"] == pytest.approx(means([summary("dpo")["sft"]]) / means([summary("start-2")["rl"]]))
@@ -299,6 +303,7 @@ def measured(tmp_path):
     put("start-1", sft=scores(0.6, 0.4, 90), rl=scores(0.85, 0.75, 110))
     put("short_rl-0", rl=scores(0.8, 0.76, 38))
     put("short_rl-1", rl=scores(0.74, 0.78, 42))
+    put("brief-1", sft=scores(0.6, 0.6, 62))
     put("dpo", sft=scores(0.8, 0.72, 44))
     put("shortest", sft=scores(0.4, 0.4, 20))
     (tmp_path / "merge").mkdir()
@@ -322,6 +327,7 @@ def test_the_table(measured):
     assert result["seeds"] == [0, 1] and result["gains"] == pytest.approx({"0": 30.0, "1": 30.0})
     # RL: 80%, and 100 tokens (seed 0) or 110 (both)
     kept = {name: (own["kept"], own["share"]) for name, own in result["methods"].items()}
+    assert kept["brief"] == pytest.approx((0.6 / 0.8, 72 / 120)) and result["methods"]["brief"]["seeds"] == [1]
     assert kept["short_rl"] == pytest.approx((0.77 / 0.8, 50 / 110))
     assert kept["dpo"] == pytest.approx((0.76 / 0.8, 0.54)) and kept["merge"] == pytest.approx((1.0, 0.8))
     gain, best, drop = result["bars"]
@@ -354,8 +360,13 @@ def test_a_table_of_the_little_that_there_is(measured, capsys):
     (measured / "start-2").mkdir()
     assert climb.main([f"--workdir={measured}", "--only=table", "--rates=1e-4"]) == 0
     result = json.loads((measured / "climb.json").read_text())
-    assert result["seeds"] == [1] and list(result["methods"]) == ["short_rl"] and len(result["comparison"]) == 1
-    assert "Not done yet: start-0, start-2, samples, merge_shortest, short_rl-2, grpo" in capsys.readouterr().out
+    assert (
+        result["seeds"] == [1] and list(result["methods"]) == ["short_rl", "brief"] and len(result["comparison"]) == 1
+    )
+    assert (
+        "Not done yet: start-0, start-2, samples, merge_shortest, brief-0, brief-2, short_rl-2, grpo"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_reversed_order():

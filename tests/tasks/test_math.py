@@ -106,6 +106,30 @@ def test_countdown_traces_are_true_and_stop_at_the_target():
     assert sum("no." in p.solution for p in problems) > len(problems) / 4  # there is something to come back from
 
 
+def test_brief_solutions_are_the_same_search_in_about_half_the_characters():
+    drawn = {
+        name: make_problems(TASKS[name], split="train", count=97, seed=6) for name in ("countdown", "countdown_brief")
+    }
+    lengths = Counter()
+    for whole, brief in zip(*drawn.values(), strict=True):
+        assert vars(brief) == vars(whole) | {"task": "countdown_brief", "solution": brief.solution}
+        target, numbers = parts(brief)
+        lines = [problem.solution.split(" Answer: ")[0].split(": ") for problem in (whole, brief)]
+        firsts = [[line.rpartition(" ")[2] for line in own[:-1]] for own in lines]
+        assert firsts[0] == firsts[1]  # moves, in their order
+        for first, line in zip(firsts[1], lines[1][1:], strict=True):
+            a, sign, b, value = EQUATION.findall(first)[0]
+            assert apply(int(a), sign, int(b)) == int(value)
+            [other] = (Counter(numbers) - Counter([int(a), int(b)])).elements()
+            high, low = max(int(value), other), min(int(value), other)
+            made = [high + low, high - low, high * low] + [high // low] * (high % low == 0)
+            made = [n for n in made if 0 < n <= 199 and (n >= high) == (target >= high)]
+            results = made[: made.index(target) + 1] + ["yes"] if target in made else [*made, "no"]
+            assert line.partition(".")[0] == " ".join(map(str, results))
+        lengths.update(whole=len(whole.solution), brief=len(brief.solution))
+    assert 0.4 < lengths["brief"] / lengths["whole"] < 0.65
+
+
 def test_countdown_verdicts_agree_with_brute_force():
     """Random expressions of the numbers and of nearly the numbers: only those with the right value are correct."""
     rng = np.random.default_rng(0)
