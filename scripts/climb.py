@@ -14,7 +14,7 @@ Ctrl-C before a limit; leave a minute for what a run is in the middle of. The st
     merge            the average of start-0 and of a short model, for which shortest stands: two models can be averaged
                      if they are near each other, as one is that was trained on from the other
     merge_shortest   shortest rejection sampling once more, of the merged model
-    brief-SEED       SFT of start-SEED on worked solutions written in brief: the same searches in about half the tokens
+    brief-SEED       SFT of start-SEED on worked solutions in brief: the same searches in about half the tokens
     short_rl-SEED    RL with the length reward and half the room, from the checkpoint of start-SEED or brief-SEED that
                      `select` names: the shortest within 15 points of the best
     OBJECTIVE-RATE   mirror_descent, rest, grpo, rloo and reinforce from the SFT of start-0: as many samples each, and

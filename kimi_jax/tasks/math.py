@@ -121,21 +121,23 @@ def _tuples(rng: np.random.Generator, size: int) -> Iterator[list[int]]:
 
 
 _LAST_MOVE = re.compile(r"([0-9]+)[-+*/][0-9]+=([0-9]+)")  # (the larger operand, the result); moves before end in ":"
+_ENDS = {"no.": ";", "yes.": "."}
 
 
-def _in_brief(trace: list[str], target: int) -> list[str]:
+def _in_brief(trace: list[str], target: int) -> str:
     """The same search, where two numbers are left without what leads away from the target and without the operands.
 
     Of a >= b are a + b and a * b not less than a, a - b and a / b not more: one look at the target rules two out.
     """
-    brief = []
+    brief = ""
     for step in trace:
         if move := _LAST_MOVE.fullmatch(step):
             larger, value = map(int, move.groups())
-            if (value >= larger) != (target >= larger):
-                continue
-            step = move[2]
-        brief.append(step)
+            brief += f"{value}," if (value >= larger) == (target >= larger) else ""
+        elif step in _ENDS:
+            brief = brief.removesuffix(",") + _ENDS[step]
+        else:
+            brief += step
     return brief
 
 
@@ -143,7 +145,7 @@ def draw_countdown(rng: np.random.Generator, difficulty: int, *, brief: bool = F
     """A target in 10..99 to be made of `difficulty` numbers in 1..16, each used once: (target, numbers, problem).
 
     The target is drawn first, so targets are spread evenly; numbers are drawn until a short search finds it. brief: the
-    same problem with the same search, written in about half the tokens.
+    same problem with the same search, written in less than half the tokens.
     """
     target = int(rng.integers(10, 100))
     for numbers in _tuples(rng, difficulty):
@@ -155,7 +157,7 @@ def draw_countdown(rng: np.random.Generator, difficulty: int, *, brief: bool = F
         if expression and len(solution) <= MAX_TRACE:
             break
     if brief:
-        solution = f"{' '.join(_in_brief(trace, target))} {ANSWER_MARKER} {expression}"
+        solution = f"{_in_brief(trace, target)} {ANSWER_MARKER} {expression}"
     problem = Problem(
         id=f"countdown:{','.join(map(str, sorted(numbers)))}>{target}",
         task="countdown_brief" if brief else "countdown" if difficulty == 3 else "countdown_hard",

@@ -106,28 +106,28 @@ def test_countdown_traces_are_true_and_stop_at_the_target():
     assert sum("no." in p.solution for p in problems) > len(problems) / 4  # there is something to come back from
 
 
-def test_brief_solutions_are_the_same_search_in_about_half_the_characters():
-    drawn = {
-        name: make_problems(TASKS[name], split="train", count=97, seed=6) for name in ("countdown", "countdown_brief")
-    }
+def test_brief_solutions_are_the_same_searches_in_less_than_half_the_characters():
+    whole, brief = (make_problems(TASKS[n], split="train", count=97, seed=6) for n in ("countdown", "countdown_brief"))
     lengths = Counter()
-    for whole, brief in zip(*drawn.values(), strict=True):
-        assert vars(brief) == vars(whole) | {"task": "countdown_brief", "solution": brief.solution}
-        target, numbers = parts(brief)
-        lines = [problem.solution.split(" Answer: ")[0].split(": ") for problem in (whole, brief)]
-        firsts = [[line.rpartition(" ")[2] for line in own[:-1]] for own in lines]
-        assert firsts[0] == firsts[1]  # moves, in their order
-        for first, line in zip(firsts[1], lines[1][1:], strict=True):
-            a, sign, b, value = EQUATION.findall(first)[0]
+    for long, short in zip(whole, brief, strict=True):
+        assert vars(short) == vars(long) | {"task": "countdown_brief", "solution": short.solution}
+        target, numbers = parts(short)
+        search, answer = short.solution.split(" Answer: ")
+        lines = re.findall(r"(.+?):(.*?)[;.]", search)
+        assert search == ";".join(f"{move}:{made}" for move, made in lines) + "." and answer == short.answer
+        assert [move for move, _ in lines] == re.findall(r"(\d+.\d+=\d+):", long.solution)
+        for move, results in lines:
+            a, sign, b, value = EQUATION.fullmatch(move).groups()
             assert apply(int(a), sign, int(b)) == int(value)
             [other] = (Counter(numbers) - Counter([int(a), int(b)])).elements()
             high, low = max(int(value), other), min(int(value), other)
             made = [high + low, high - low, high * low] + [high // low] * (high % low == 0)
             made = [n for n in made if 0 < n <= 199 and (n >= high) == (target >= high)]
-            results = made[: made.index(target) + 1] + ["yes"] if target in made else [*made, "no"]
-            assert line.partition(".")[0] == " ".join(map(str, results))
-        lengths.update(whole=len(whole.solution), brief=len(brief.solution))
-    assert 0.4 < lengths["brief"] / lengths["whole"] < 0.65
+            hit = target in made
+            assert results == ",".join(map(str, made[: made.index(target) + 1] if hit else made))
+            assert hit == (move == lines[-1][0])
+        lengths.update(long=len(long.solution), short=len(short.solution))
+    assert lengths["short"] < lengths["long"] / 2
 
 
 def test_countdown_verdicts_agree_with_brute_force():
