@@ -61,7 +61,8 @@ SETTINGS = {
     "brief": _NO_RL
     | {"data.text_tasks": ("countdown_brief",)}
     | {"data.image_tasks": ("countdown_image_brief", "countdown_image_brief_rich")}
-    | {"sft.steps": 1_500, "sft.optimizer.peak": 1e-3},  # a new way of writing takes more than a new choice
+    # A new way of writing takes more than a new choice; where the rate should end depends on the RL that follows.
+    | {"sft.steps": 1_500, "sft.optimizer.peak": 1e-3, "sft.optimizer.end": 2e-4},
     "dpo": _NO_RL | {"sft.steps": 400, "sft.optimizer.peak": 5e-5, "rows.tokens": 1_024},  # two sides share a row
     "short_rl": {"sft.steps": 0, "sampling.max_tokens": 160}
     | {"rewards.weights.length": 0.5, "rewards.length_warmup": 0},
