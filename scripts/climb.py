@@ -50,8 +50,8 @@ import _climb_table
 SCRIPTS = pathlib.Path(__file__).parent
 OBJECTIVES = ("mirror_descent", "rest", "grpo", "rloo", "reinforce")
 
-# What steps change of --config. The rates of SFT and DPO are far below those of the start: they are to change how the
-# model answers, not to teach it anew.
+# What steps change of --config. The rates of SFT and DPO, but for brief, are far below those of the start: they change
+# how the model answers and do not teach it anew.
 _NO_RL = {"rl.iterations": 0, "sft.eval_every": 400, "sft.optimizer.end": 1e-5, "sft.optimizer.weight_decay": 0.1}
 SETTINGS = {
     "sampling": {"n": 8, "limit": 6_000, "max_tokens": 320, "rows": 2_048, "batch": 1_000},  # of scripts/long2short.py
