@@ -11,13 +11,15 @@ loads anything. Arrays without elements, which Orbax refuses, live in that list 
 there is to say.
 
 A step counts once its directory has its final name, which Orbax gives it last. Killing the process earlier leaves
-debris that is ignored, and replaced when the step is saved again.
+debris that is ignored, and replaced when the step is saved again. A step that goes loses that name first: it is moved to
+the directory `.retired`, which is emptied before the next save, so that nobody ever finds the half of a step.
 """
 
 import json
 import logging
 import math
 import os
+import shutil
 from typing import Any
 
 import jax
@@ -28,6 +30,7 @@ from etils import epath
 PyTree = Any
 
 _MISMATCHES_SHOWN = 5
+_RETIRED = ".retired"
 
 
 class Checkpointer:
@@ -61,10 +64,14 @@ class Checkpointer:
         self._read_only = read_only
         if not read_only:
             self._check_writable()
+            self._empty_retired()
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_Policy(self._steps_to_keep), read_only=read_only, create=not read_only
+                preservation_policy=_Policy(self._steps_to_keep),
+                todelete_subdir=None if read_only else _RETIRED,
+                read_only=read_only,
+                create=not read_only,
             ),
             item_names=("arrays", "record"),
             item_handlers={"arrays": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()},
@@ -181,6 +188,8 @@ class Checkpointer:
                 f"The last save to {self.directory} failed; the complete steps there are {self._manager.all_steps()}. "
                 f"Look for a full disk, or for other programs that change the directory. The cause: {error}"
             ) from error
+        if not self._read_only:
+            self._empty_retired()
 
     def close(self) -> None:
         """Finishes the save under way, raising as `wait` does, and ends the threads."""
@@ -207,6 +216,11 @@ class Checkpointer:
 
     def _steps_to_keep(self, steps: list[int]) -> set[int]:
         return {*sorted(steps)[-self._keep_last :], *self._best_first(steps)[: self._keep_best]}
+
+    def _empty_retired(self) -> None:
+        """Deletes the steps that made room. Not while a save is under way, which may retire more of them."""
+        if jax.process_index() == 0:
+            shutil.rmtree(self.directory / _RETIRED, ignore_errors=True)
 
     # --- checks -----------------------------------------------------------------------------------------------------
 

@@ -274,3 +274,40 @@ def test_a_kill_inside_a_save_leaves_the_last_complete_step(tmp_path):
         assert ckpt.read_meta() == {"seed": 3}
         assert_same(ckpt.restore({"x": expected})[1], {"x": -expected})
     assert {path.name for path in tmp_path.iterdir()} == {"2"}
+
+
+@pytest.mark.parametrize("nth", [1, 3, 7])
+def test_a_kill_while_an_old_step_is_deleted_leaves_whole_steps(tmp_path, nth):
+    script = textwrap.dedent("""
+        import os, signal, sys
+        import numpy as np
+        from kimi_jax.training.checkpoint import Checkpointer
+
+        ckpt = Checkpointer(sys.argv[1], keep_last=1, keep_best=1, best_metric="accuracy")
+        save = lambda step: ckpt.save(step, {"x": np.full(2_003, step)}, {"seed": step}, {"accuracy": step}, wait=True)
+        save(1)
+        unlink, left = os.unlink, [int(sys.argv[2])]
+
+        def dying(path, *args, **kwargs):
+            unlink(path, *args, **kwargs)
+            if not str(path).endswith(".writable"):
+                left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.unlink = os.remove = dying
+        save(2)
+    """)
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", script, str(tmp_path), str(nth)]
+    child = subprocess.run(command, env=environment, timeout=60, check=False)
+    assert child.returncode == -signal.SIGKILL
+    with Checkpointer.reader(tmp_path) as reader:
+        assert reader.latest_step() == 2
+    with checkpointer(tmp_path, keep_last=1, keep_best=1, best_metric="accuracy") as ckpt:
+        assert ckpt.best_step() == 2
+        step, restored, meta = ckpt.restore({"x": np.zeros(2_003, int)})
+        assert (step, meta) == (2, {"seed": 2})
+        assert (restored["x"] == 2).all()
+    assert {path.name for path in tmp_path.iterdir()} == {"2"}
