@@ -117,8 +117,16 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
 
 
 def problems_of(checkpoint: pathlib.Path) -> tuple[list[Problem], list[Problem]]:
-    """(train, heldout) of the run that `origin.find` finds there."""
-    return setup_lib.make_problem_sets(read_config(origin.find(checkpoint, option="--checkpoint").workdir))
+    """(train, heldout) of the run that `origin.find` finds there, no two of which have one id, as in a file of them.
+
+    The id that a task gives is about the content, which other tasks may draw as well: theirs comes after its name.
+    """
+    config = read_config(origin.find(checkpoint, option="--checkpoint").workdir)
+    train, heldout = setup_lib.make_problem_sets(config)
+    if config.data.train_file:
+        return train, heldout
+    named = lambda problem: dataclasses.replace(problem, id=f"{problem.task}/{problem.id}")  # noqa: E731
+    return [named(problem) for problem in train], [named(problem) for problem in heldout]
 
 
 def record(problem: Problem, folder: pathlib.Path) -> dict[str, Any]:

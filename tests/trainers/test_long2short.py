@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from kimi_jax.tasks.base import read_problems
+from kimi_jax.tasks import get_task
+from kimi_jax.tasks.base import make_problems, read_problems
 from kimi_jax.trainers import long2short, origin, pipeline, setup, supervised
 from kimi_jax.trainers.interrupt import StopRequest
 from tests.trainers import miniature
@@ -90,7 +91,8 @@ def test_runs_that_cannot_be_averaged(runs, tmp_path):
 
 def test_the_problems_of_a_run_survive_a_file(runs, tmp_path):
     train, heldout = long2short.problems_of(runs[0].workdir)
-    assert [p.id for p in train] == [p.id for p in runs[0].train] and len(heldout) == len(runs[0].heldout)
+    assert [p.id for p in train] == [f"{p.task}/{p.id}" for p in runs[0].train]
+    assert len(heldout) == len(runs[0].heldout)
     chosen = train[:4]
     lines = [json.dumps(long2short.record(problem, tmp_path)) + "\n" for problem in chosen]
     (tmp_path / "p.jsonl").write_text("".join(lines))
@@ -100,3 +102,15 @@ def test_the_problems_of_a_run_survive_a_file(runs, tmp_path):
         for a, b in zip(after.images, before.images, strict=True):
             np.testing.assert_array_equal(a, b)
     assert any(problem.images for problem in chosen)
+
+
+def test_two_tasks_that_draw_the_same_content_share_a_file(runs, tmp_path, monkeypatch):
+    drawn = [make_problems(get_task(name), split="train", count=1, seed=3)[0] for name in ("countdown", "pips")]
+    twins = [dataclasses.replace(drawn[0], task=task) for task in ("countdown", "countdown_image")]
+    monkeypatch.setattr(setup, "make_problem_sets", lambda config: (twins, drawn))
+    train, heldout = long2short.problems_of(runs[0].workdir)
+    for name, problems in (("train", train), ("heldout", heldout)):
+        lines = [json.dumps(long2short.record(problem, tmp_path)) + "\n" for problem in problems]
+        (tmp_path / name).write_text("".join(lines))
+        assert [p.task for p in read_problems(tmp_path / name)] == [p.task for p in problems]
+    assert len(train) == len(heldout) == 2
