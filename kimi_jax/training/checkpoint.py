@@ -11,8 +11,8 @@ loads anything. Arrays without elements, which Orbax refuses, live in that list 
 there is to say.
 
 A step counts once its directory has its final name, which Orbax gives it last. Killing the process earlier leaves
-debris that is ignored, and replaced when the step is saved again. A step that goes loses that name first: it is moved to
-the directory `.retired`, which is emptied before the next save, so that nobody ever finds the half of a step.
+debris that is ignored, and replaced when the step is saved again. A step that goes loses that name first: it is moved
+to the directory `.retired`, which is emptied before the next save, so that nobody ever finds half of a step.
 """
 
 import json
