@@ -3,6 +3,7 @@
     python scripts/long2short.py merge --out=DIR LONG SHORT [--weights=0.5,0.5]
     python scripts/long2short.py shortest --checkpoint=runs/long --out=DIR [--problems=FILE] [--n=8]
     python scripts/long2short.py dpo-pairs --checkpoint=runs/long --out=DIR [--problems=FILE] [--n=8]
+    python scripts/long2short.py abridge --checkpoint=runs/long --out=DIR [--problems=FILE] [--n=8]
     python scripts/long2short.py evaluate RUN...
     python scripts/long2short.py select --out=frontier.png RUN... [--tolerance=0.02]
 
@@ -12,9 +13,11 @@ into a run that config.init takes. Configuration and tokenizer are those of the 
 
 shortest samples n answers to each problem and keeps the shortest correct one: OUT/examples.jsonl, problems with
 `solution` for config.data.train_file. dpo-pairs prefers it to longer wrong answers and to much longer correct ones:
-OUT/pairs.jsonl, for config.dpo.pairs. What stands behind each line is in the same line of *_provenance.jsonl. Without
---problems they are the training problems of the run, and its held-out problems go to OUT/heldout.jsonl. Answers are
-kept in OUT/samples.jsonl: both commands share them, and go on from there after an interruption.
+OUT/pairs.jsonl, for config.dpo.pairs. abridge keeps every correct answer, with the same reasoning written in fewer
+tokens, which a task must know how to do (Task.abridge): OUT/abridged.jsonl, for config.data.train_file. What stands
+behind each line is in the same line of *_provenance.jsonl. Without --problems they are the training problems of the
+run, and its held-out problems go to OUT/heldout.jsonl. Answers are kept in OUT/samples.jsonl: these commands share
+them, and go on from there after an interruption.
 
 evaluate measures runs, or checkpoints of them, on their held-out problems; those that merge made were never measured.
 select draws accuracy against tokens of all that runs have measured, and names the checkpoint for config.init of
@@ -59,7 +62,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     select.add_argument("--out", type=pathlib.Path, required=True, help="a PNG")
     select.add_argument("--tolerance", type=float, default=0.02, help="of accuracy (default: 0.02, two points)")
 
-    for name, what in (("shortest", "examples of short correct answers"), ("dpo-pairs", "pairs of answers")):
+    for name, what in (
+        ("shortest", "examples of short correct answers"),
+        ("dpo-pairs", "pairs of answers"),
+        ("abridge", "examples of correct answers, abridged"),
+    ):
         sampling = commands.add_parser(name, help=f"make {what}", allow_abbrev=False)
         sampling.add_argument("--out", type=pathlib.Path, required=True, help="a directory")
         sampling.add_argument("--problems", type=pathlib.Path, help="JSONL; default: those of the run")
@@ -86,7 +93,7 @@ def merge(args: argparse.Namespace) -> dict[str, Any]:
     return done | {"out": str(args.out)}
 
 
-# --- shortest, dpo-pairs ----------------------------------------------------------------------------------------------
+# --- shortest, dpo-pairs, abridge -------------------------------------------------------------------------------------
 
 
 def shortest(args: argparse.Namespace) -> dict[str, Any]:
@@ -101,13 +108,35 @@ def dpo_pairs(args: argparse.Namespace) -> dict[str, Any]:
     return _from_answers(args, choosing.pairs, "pairs", "has a correct answer and one that it is preferred to")
 
 
-def _from_answers(args: argparse.Namespace, choose, name: str, needed: str) -> dict[str, Any]:
-    """Samples, chooses, writes OUT/NAME.jsonl. Raises ValueError, FileNotFoundError."""
+def abridge(args: argparse.Namespace) -> dict[str, Any]:
+    from kimi_jax.long2short import choosing
+    from kimi_jax.tasks import TASKS
+
+    able = {name: task.abridge for name, task in TASKS.items() if task.abridge}
+
+    def check(problems):
+        if unable := sorted({problem.task for problem in problems} - set(able)):
+            raise ValueError(
+                f"Nobody knows how to abridge answers to problems of {', '.join(unable)}: of the tasks here, those of "
+                f"{', '.join(able)} do (Task.abridge). Give --problems=FILE with problems of these alone."
+            )
+
+    def choose(problem, answers, **origin):
+        return choosing.abridged(problem, answers, abridge=able[problem.task], **origin)
+
+    return _from_answers(args, choose, "abridged", "has a correct answer that can be abridged", check)
+
+
+def _from_answers(
+    args: argparse.Namespace, choose, name: str, needed: str, check=lambda problems: None
+) -> dict[str, Any]:
+    """Samples, chooses, writes OUT/NAME.jsonl. check: of the problems, before. Raises ValueError, FileNotFoundError."""
     from kimi_jax.curation.asking import Ledger, ask, question
     from kimi_jax.training.metrics import progress
 
     _check(args)
     problems, records = _problems(args)
+    check(problems)
     with _curation.judging(args, problems) as (judge, _):
         answerer = _curation.load_answerer(args)
         final = args.out / f"{name}.jsonl"
@@ -125,10 +154,12 @@ def _from_answers(args: argparse.Namespace, choose, name: str, needed: str) -> d
             progress=progress(desc="answers", total=len(problems)).update,
         )
     origin = {"model": answerer.identity, "judge": judged_by, "seed": args.seed, "temperature": args.temperature}
-    found = []
+    found, used = [], 0
     for problem, record, own in zip(problems, records, answers, strict=True):
         images = {"images": record["images"]} if record.get("images") else {}
-        found += [(made | images, provenance) for made, provenance in choose(problem, own, origin=origin)]
+        chosen = choose(problem, own, origin=origin)
+        found += [(made | images, provenance) for made, provenance in chosen]
+        used += bool(chosen)
     if not found:
         raise ValueError(f"None of {len(problems)} problems {needed}. Raise --n or --max_tokens, or ask another model.")
     made, provenance = zip(*found, strict=True)
@@ -138,7 +169,7 @@ def _from_answers(args: argparse.Namespace, choose, name: str, needed: str) -> d
     kept = [one["tokens"] for one in provenance]
     return {
         "problems": len(problems),
-        "problems_used": len({one["id"] for one in made}),
+        "problems_used": used,
         "answers": dict(collections.Counter(answer.outcome for own in answers for answer in own)),
         "mean_tokens": sum(tokens) / len(tokens),
         name: len(made),
@@ -199,7 +230,14 @@ def select(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-COMMANDS = {"merge": merge, "shortest": shortest, "dpo-pairs": dpo_pairs, "evaluate": evaluate, "select": select}
+COMMANDS = {
+    "merge": merge,
+    "shortest": shortest,
+    "dpo-pairs": dpo_pairs,
+    "abridge": abridge,
+    "evaluate": evaluate,
+    "select": select,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,8 @@
 """What to learn from several answers to one problem, so that answers get shorter and stay right (k1.5 §2.4).
 
     shortest rejection sampling    the shortest correct answer, to imitate
+    abridging                      every correct answer, to imitate as its task writes it in fewer tokens; ours, not the
+                                   report's: a style is learned, where the luck of a short search is not (docs/log.md)
     preferences                    chosen: the shortest correct answer
                                    rejected: longer wrong answers, and correct ones longer than 1.5 times the chosen
 
@@ -11,7 +13,7 @@ stop. A cut answer may be rejected: then its lack of an end is kept, and no end 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kimi_jax.curation.asking import Judged
@@ -24,8 +26,11 @@ _SIDES = ("chosen", "rejected")
 
 def shortest(answers: Sequence[Judged]) -> Judged | None:
     """The shortest correct answer, the first of several; None if there is none."""
-    good = [a for a in answers if a.outcome == Outcome.CORRECT and a.stop == StopReason.END]
-    return min(good, key=lambda answer: answer.tokens, default=None)
+    return min(filter(_imitable, answers), key=lambda answer: answer.tokens, default=None)
+
+
+def _imitable(answer: Judged) -> bool:
+    return answer.outcome == Outcome.CORRECT and answer.stop == StopReason.END
 
 
 def rejected(answers: Sequence[Judged], chosen: Judged) -> list[tuple[str, Judged]]:
@@ -52,6 +57,32 @@ def examples(problem: Problem, answers: Sequence[Judged], *, origin: Mapping[str
         if chosen
         else []
     )
+
+
+def abridged(
+    problem: Problem,
+    answers: Sequence[Judged],
+    *,
+    origin: Mapping[str, Any],
+    abridge: Callable[[str], str | None],
+) -> list[tuple[dict, dict]]:
+    """[(record, provenance)] of every correct answer as `abridge` writes it, each text once.
+
+    Left out is what `abridge` cannot read, for which it gives None. The records are as those of `examples`, with ids
+    that count them.
+    """
+    found: dict[str, Judged] = {}
+    for answer in answers:
+        if _imitable(answer) and (text := abridge(answer.text)) is not None:
+            found.setdefault(text, answer)
+    ids = [{"id": f"{problem.id}#{number}"} for number in range(len(found))]
+    return [
+        (
+            _record(problem) | own | {"solution": text},
+            _provenance(problem, answers, answer, origin) | own | {"text": answer.text},
+        )
+        for own, (text, answer) in zip(ids, found.items(), strict=True)
+    ]
 
 
 def pairs(problem: Problem, answers: Sequence[Judged], *, origin: Mapping[str, Any]) -> list[tuple[dict, dict]]:

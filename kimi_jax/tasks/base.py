@@ -35,7 +35,7 @@ class Task:
     difficulties: tuple[int, ...]
     draw: Callable[[np.random.Generator, int], Problem]  # a random problem of one difficulty, with its worked solution
     verify: Callable[[Problem, str], Verdict]  # of a problem and the text of a response
-    twin: str = ""  # a task that draws the same problems, and writes other solutions of them
+    abridge: Callable[[str], str | None] | None = None  # a response with the same reasoning in fewer tokens, if it can
 
 
 # --- problems -------------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def make_problems(
     """Draws `count` problems with distinct ids, the difficulties taking turns; equal arguments give equal problems.
 
     Args:
-        task: where to draw from; tasks (and splits) use independent random streams under one seed, twins the same one.
+        task: where to draw from; tasks (and splits) use independent random streams under one seed.
         split: "train" or "heldout".
         count: how many.
         seed: not negative.
@@ -74,7 +74,7 @@ def make_problems(
     if not wanted or not set(wanted) <= set(task.difficulties):
         raise ValueError(f"task {task.name!r} has difficulties {task.difficulties}, not {wanted}; choose some of them")
 
-    rng = np.random.default_rng([seed, _hash(task.twin or task.name), SPLITS.index(split)])
+    rng = np.random.default_rng([seed, _hash(task.name), SPLITS.index(split)])
     problems: dict[str, Problem] = {}
     while len(problems) < count:
         turn = wanted[len(problems) % len(wanted)]

@@ -120,32 +120,10 @@ def _tuples(rng: np.random.Generator, size: int) -> Iterator[list[int]]:
         yield from rng.integers(1, _LARGEST + 1, (32, size)).tolist()
 
 
-_LAST_MOVE = re.compile(r"([0-9]+)[-+*/][0-9]+=([0-9]+)")  # (the larger operand, the result); moves before end in ":"
-_ENDS = {"no.": ";", "yes.": "."}
-
-
-def _in_brief(trace: list[str], target: int) -> str:
-    """The same search, where two numbers are left without what leads away from the target and without the operands.
-
-    Of a >= b are a + b and a * b not less than a, a - b and a / b not more: one look at the target rules two out.
-    """
-    brief = ""
-    for step in trace:
-        if move := _LAST_MOVE.fullmatch(step):
-            larger, value = map(int, move.groups())
-            brief += f"{value}," if (value >= larger) == (target >= larger) else ""
-        elif step in _ENDS:
-            brief = brief.removesuffix(",") + _ENDS[step]
-        else:
-            brief += step
-    return brief
-
-
-def draw_countdown(rng: np.random.Generator, difficulty: int, *, brief: bool = False) -> tuple[int, list[int], Problem]:
+def draw_countdown(rng: np.random.Generator, difficulty: int) -> tuple[int, list[int], Problem]:
     """A target in 10..99 to be made of `difficulty` numbers in 1..16, each used once: (target, numbers, problem).
 
-    The target is drawn first, so targets are spread evenly; numbers are drawn until a short search finds it. brief: the
-    same problem with the same search, written in less than half the tokens.
+    The target is drawn first, so targets are spread evenly; numbers are drawn until a short search finds it.
     """
     target = int(rng.integers(10, 100))
     for numbers in _tuples(rng, difficulty):
@@ -156,11 +134,9 @@ def draw_countdown(rng: np.random.Generator, difficulty: int, *, brief: bool = F
         solution = f"{' '.join(trace)} {ANSWER_MARKER} {expression}"
         if expression and len(solution) <= MAX_TRACE:
             break
-    if brief:
-        solution = f"{_in_brief(trace, target)} {ANSWER_MARKER} {expression}"
     problem = Problem(
         id=f"countdown:{','.join(map(str, sorted(numbers)))}>{target}",
-        task="countdown_brief" if brief else "countdown" if difficulty == 3 else "countdown_hard",
+        task="countdown" if difficulty == 3 else "countdown_hard",
         prompt=f"Make {target} from {', '.join(map(str, numbers))}.",
         answer=expression,
         difficulty=difficulty,
@@ -222,23 +198,46 @@ def verify_countdown(problem: Problem, text: str) -> Verdict:
     return Verdict(Outcome.CORRECT if value == target else Outcome.WRONG, answer)
 
 
-def _draw(rng: np.random.Generator, difficulty: int, *, brief: bool) -> Problem:
-    return draw_countdown(rng, difficulty, brief=brief)[-1]
+def _draw_countdown(rng: np.random.Generator, difficulty: int) -> Problem:
+    return draw_countdown(rng, difficulty)[-1]
+
+
+_READ = re.compile(r"(?P<target>[0-9]+) from [0-9, ]+\. ")  # how the solution of a picture begins
+_FIRST_MOVE = re.compile(r"[0-9]+[-+*/][0-9]+=[0-9]+:")
+_LAST_MOVE = re.compile(r"([0-9]+)[-+*/]([0-9]+)=([0-9]+)")
+_ENDS = {"no.": ";", "yes.": "."}
+
+
+def abridge_countdown(text: str) -> str | None:
+    """The same search of three numbers in half the tokens; None of a text that is not written like worked solutions.
+
+    Where two numbers are left, operands go, and so does what leads away from the target: of a >= b are a + b and a * b
+    not less than a, a - b and a / b not more, so that one look at the target rules two out. The target is that of the
+    picture that was read, or else what the search ends with.
+    """
+    search, _, answer = text.rpartition(f" {ANSWER_MARKER} ")
+    read = _READ.match(search)
+    steps = search[read.end() if read else 0 :].split(" ")
+    moves = [_LAST_MOVE.fullmatch(step) for step in steps]
+    if steps[-1] != "yes." or len(steps) < 2 or not moves[-2]:
+        return None
+    target = int(read["target"]) if read else int(moves[-2][3])
+    brief = ""
+    for step, move in zip(steps, moves, strict=True):
+        if move:
+            *operands, value = map(int, move.groups())
+            brief += f"{value}," if (value >= max(operands)) == (target >= max(operands)) else ""
+        elif step in _ENDS:
+            brief = brief.removesuffix(",") + _ENDS[step]
+        elif _FIRST_MOVE.fullmatch(step):
+            brief += step
+        else:
+            return None
+    return f"{read[0] if read else ''}{brief} {ANSWER_MARKER} {answer}"
 
 
 # Three numbers are what a small model can learn to search; with four and five it mostly runs out of tokens.
-COUNTDOWN_TASKS = tuple(
-    Task(
-        name=name,
-        kind="text",
-        difficulties=difficulties,
-        draw=functools.partial(_draw, brief=bool(twin)),
-        verify=verify_countdown,
-        twin=twin,
-    )
-    for name, difficulties, twin in (
-        ("countdown", (3,), ""),
-        ("countdown_hard", (4, 5), ""),
-        ("countdown_brief", (3,), "countdown"),
-    )
+COUNTDOWN_TASKS = (
+    Task("countdown", "text", (3,), _draw_countdown, verify_countdown, abridge_countdown),
+    Task("countdown_hard", "text", (4, 5), _draw_countdown, verify_countdown),
 )

@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from kimi_jax.tasks.base import ANSWER_MARKER, Task, verify_exact
-from kimi_jax.tasks.math import CHAIN, draw_chain, draw_countdown, verify_countdown
+from kimi_jax.tasks.math import CHAIN, abridge_countdown, draw_chain, draw_countdown, verify_countdown
 from kimi_jax.types import IMAGE_MARKER, Problem, Verdict
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def _visual_task(
     difficulties: tuple[int, ...],
     draw_content: Callable[[np.random.Generator, int], Content],
     verify: Callable[[Problem, str], Verdict],
-    twin: str,
+    abridge: Callable[[str], str | None] | None,
 ) -> Task:
     def draw(rng: np.random.Generator, difficulty: int) -> Problem:
         content = draw_content(rng, difficulty)
@@ -87,7 +87,7 @@ def _visual_task(
             solution=content.solution,
         )
 
-    return Task(name=name, kind="image", difficulties=difficulties, draw=draw, verify=verify, twin=twin)
+    return Task(name=name, kind="image", difficulties=difficulties, draw=draw, verify=verify, abridge=abridge)
 
 
 def _canvas(rows: int, columns: int, style: Style, rng: np.random.Generator) -> np.ndarray:
@@ -369,9 +369,9 @@ def draw_text_image(rng: np.random.Generator, difficulty: int) -> Content:
     )
 
 
-def draw_countdown_image(rng: np.random.Generator, difficulty: int, *, brief: bool = False) -> Content:
+def draw_countdown_image(rng: np.random.Generator, difficulty: int) -> Content:
     """A `countdown` problem whose target and numbers are drawn, line by line; its solution begins by reading them."""
-    target, numbers, problem = draw_countdown(rng, difficulty, brief=brief)
+    target, numbers, problem = draw_countdown(rng, difficulty)
     return Content(
         id=problem.id,
         question="Make the first number from the others.",
@@ -382,19 +382,16 @@ def draw_countdown_image(rng: np.random.Generator, difficulty: int, *, brief: bo
     )
 
 
-_draw_in_brief = functools.partial(draw_countdown_image, brief=True)
-
 VISUAL_TASKS = tuple(
-    _visual_task(name + suffix, style, difficulties, draw_content, verify, twin and twin + suffix)
+    _visual_task(name + suffix, style, difficulties, draw_content, verify, abridge)
     for suffix, style in (("", PLAIN), ("_rich", RICH), ("_large", LARGE))
-    for name, difficulties, draw_content, verify, twin in (
-        ("scene_count", (2, 4, 6), draw_scene_count, verify_exact, ""),
-        ("scene_compare", (1, 2, 4), draw_scene_compare, verify_exact, ""),
-        ("scene_locate", (3, 6, 9), draw_scene_locate, verify_exact, ""),
-        ("bar_chart", (3, 4, 5), draw_bar_chart, verify_exact, ""),
-        ("pips", (1, 2, 3), draw_pips, verify_exact, ""),
-        ("text_image", CHAIN.difficulties, draw_text_image, verify_exact, ""),
-        ("countdown_image", (3,), draw_countdown_image, verify_countdown, ""),
-        ("countdown_image_brief", (3,), _draw_in_brief, verify_countdown, "countdown_image"),
+    for name, difficulties, draw_content, verify, abridge in (
+        ("scene_count", (2, 4, 6), draw_scene_count, verify_exact, None),
+        ("scene_compare", (1, 2, 4), draw_scene_compare, verify_exact, None),
+        ("scene_locate", (3, 6, 9), draw_scene_locate, verify_exact, None),
+        ("bar_chart", (3, 4, 5), draw_bar_chart, verify_exact, None),
+        ("pips", (1, 2, 3), draw_pips, verify_exact, None),
+        ("text_image", CHAIN.difficulties, draw_text_image, verify_exact, None),
+        ("countdown_image", (3,), draw_countdown_image, verify_countdown, abridge_countdown),
     )
 )

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from kimi_jax.curation.asking import Judged
-from kimi_jax.long2short.choosing import examples, pairs, read_pairs, rejected, shortest
+from kimi_jax.long2short.choosing import abridged, examples, pairs, read_pairs, rejected, shortest
 from kimi_jax.tasks.base import problem_from_record
 from kimi_jax.types import Problem
 
@@ -56,6 +56,20 @@ def test_records_and_where_they_come_from():
     assert provenance == expected | {"lengths": lengths, "verdicts": [a.outcome for a in ANSWERS]}
     assert examples(PROBLEM, ANSWERS[3:4], origin={}) == [] == pairs(PROBLEM, ANSWERS[3:4], origin={})
     assert pairs(PROBLEM, ANSWERS[2:3], origin={}) == []  # nothing to compare it with
+
+
+def test_every_correct_answer_is_abridged_once():
+    known = {"correct 1": "A", "correct 3": "B", "as long as the third": "C", "correct 13": "B"}
+    found = abridged(PROBLEM, [*ANSWERS, answer(13, RIGHT, 50)], origin={"model": "m/5"}, abridge=known.get)
+    solutions = {"3+4#0": "A", "3+4#1": "B", "3+4#2": "C"}
+    assert {record["id"]: problem_from_record(record).solution for record, _ in found} == solutions
+    assert [facts["id"] for _, facts in found] == list(solutions)
+    assert [(facts["serial"], facts["text"], facts["model"]) for _, facts in found] == [
+        (1, "correct 1", "m/5"),
+        (3, "correct 3", "m/5"),
+        (9, "as long as the third", "m/5"),
+    ]
+    assert abridged(PROBLEM, ANSWERS[3:4], origin={}, abridge=known.get) == []
 
 
 def test_pairs_survive_the_file(tmp_path):

@@ -1,6 +1,7 @@
 """The command line: what is written, what is refused, and that nothing half-made looks whole."""
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import re
@@ -13,7 +14,7 @@ import pytest
 from kimi_jax.curation.asking import Answer
 from kimi_jax.long2short.choosing import read_pairs
 from kimi_jax.models.hf.shards import read_directory
-from kimi_jax.tasks import get_task
+from kimi_jax.tasks import TASKS, get_task
 from kimi_jax.tasks.base import make_problems, read_problems
 from kimi_jax.trainers import long2short as runs
 from kimi_jax.types import StopReason
@@ -127,6 +128,26 @@ def test_shortest_answers_and_pairs_from_the_same_samples(answered, tmp_path, ca
         assert longer > (1.5 if fact["because"] == "long" else 1)
         assert ("Answer: no" in pair.rejected) == (fact["because"] == "wrong")
         assert pair.rejected_ends == bool(fact["rejected_serial"] % 7)
+
+
+def test_answers_are_abridged_as_their_task_does_it(answered, tmp_path, monkeypatch, capsys):
+    flags, asked = answered
+    status, _, told = run(capsys, "abridge", *flags)
+    assert status == 2 and not asked
+    assert "how to abridge answers to problems of chain, pips: of the tasks here, those of countdown, count" in told
+
+    for name in ("chain", "pips"):
+        shorter = dataclasses.replace(TASKS[name], abridge=lambda text: text.replace("thinking ", "t "))
+        monkeypatch.setitem(TASKS, name, shorter)
+    status, result, _ = run(capsys, "abridge", *flags)
+    out = tmp_path / "out"
+    records, provenance = read_problems(out / "abridged.jsonl"), lines(out / "abridged_provenance.jsonl")
+    assert status == 0 and len(asked) == 80 and result["abridged"] == len(records) == len(provenance) > 30
+    assert result["problems_used"] == len({record.id.partition("#")[0] for record in records}) <= 10
+    for record, facts in zip(records, provenance, strict=True):
+        assert record.id == facts["id"] and facts["verdict"] == "correct"
+        assert record.solution == facts["text"].replace("thinking ", "t ") != facts["text"]
+        assert bool(record.images) == (record.task == "pips")
 
 
 def test_another_number_of_answers_asks_again(answered, tmp_path, capsys):
