@@ -26,16 +26,16 @@ def get_config():
         config.rows.logits_chunk = 512
 
         config.sft.examples_per_kind = 1_500
-        config.sft.steps = 6_000
+        config.sft.steps = 4_000
         config.sft.rows = 16
         config.sft.micro_rows = 16
-        config.sft.eval_every = 3_000
-        config.sft.checkpoint_every = 3_000
+        config.sft.eval_every = 2_000
+        config.sft.checkpoint_every = 2_000
         config.sft.optimizer.peak = 2e-3
         config.sft.optimizer.end = 2e-3
         config.sft.optimizer.weight_decay = 1.0
 
-        config.rl.iterations = 80
+        config.rl.iterations = 100
         config.rl.problems = 256
         config.rl.responses = 8
         config.rl.updates = 4

@@ -14,7 +14,7 @@ METHODS = {
     "dpo": "DPO",
     "merge_shortest": "merge + shortest rejection sampling",
     "shortest": "shortest rejection sampling",
-    "brief": "SFT on brief solutions",
+    "brief": "SFT on own answers, abridged",
     "merge": "merge",
 }  # by their steps
 # From the best to the worst, as far as the report orders them: RL in its text, the others in its Fig. 7.

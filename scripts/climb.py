@@ -8,13 +8,13 @@ The same command again goes on: steps that are done are skipped, one that was in
 Ctrl-C before a limit; leave a minute for what a run is in the middle of. The steps, in this order:
 
     start-SEED       SFT and RL with --config (configs/climb.py)
-    samples          8 answers of start-0 to each of 6,000 training problems; what follows from them:
+    samples-SEED     8 answers of start-SEED to each of 4,000 training problems; what follows from them:
     shortest         SFT of start-0 on the shortest right answers
     dpo              DPO of start-0: shortest right answers before longer wrong ones and much longer right ones
     merge            the average of start-0 and of a short model, for which shortest stands: two models can be averaged
                      if they are near each other, as one is that was trained on from the other
     merge_shortest   shortest rejection sampling once more, of the merged model
-    brief-SEED       SFT of start-SEED on worked solutions in brief: the same searches in about half the tokens
+    brief-SEED       SFT of start-SEED on all of its right answers, abridged: the same searches in about half the tokens
     short_rl-SEED    RL with the length reward and half the room, from the checkpoint of start-SEED or brief-SEED that
                      `select` names: the shortest within 15 points of the best
     OBJECTIVE-RATE   mirror_descent, rest, grpo, rloo and reinforce from the SFT of start-0: as many samples each, and
@@ -54,18 +54,17 @@ OBJECTIVES = ("mirror_descent", "rest", "grpo", "rloo", "reinforce")
 # how the model answers and do not teach it anew.
 _NO_RL = {"rl.iterations": 0, "sft.eval_every": 400, "sft.optimizer.end": 1e-5, "sft.optimizer.weight_decay": 0.1}
 SETTINGS = {
-    "sampling": {"n": 8, "limit": 6_000, "max_tokens": 320, "rows": 2_048, "batch": 1_000},  # of scripts/long2short.py
+    "sampling": {"n": 8, "limit": 4_000, "max_tokens": 320, "rows": 2_048, "batch": 1_000},  # of scripts/long2short.py
     "shortest": _NO_RL
     | {"data.text_tasks": (), "data.image_tasks": (), "sft.examples_per_kind": 5_000}
     | {"sft.steps": 800, "sft.optimizer.peak": 2e-4},
     "brief": _NO_RL
-    | {"data.text_tasks": ("countdown_brief",)}
-    | {"data.image_tasks": ("countdown_image_brief", "countdown_image_brief_rich")}
-    # A new way of writing takes more than a new choice; where the rate should end depends on the RL that follows.
-    | {"sft.steps": 1_500, "sft.optimizer.peak": 1e-3, "sft.optimizer.end": 2e-4},
+    | {"data.text_tasks": (), "data.image_tasks": (), "sft.examples_per_kind": 20_000}
+    # A new way of writing takes more than a new choice; a rate that ends high leaves something to the RL that follows.
+    | {"sft.steps": 800, "sft.optimizer.peak": 1e-3, "sft.optimizer.end": 2e-4, "sft.eval_every": 200},
     "dpo": _NO_RL | {"sft.steps": 400, "sft.optimizer.peak": 5e-5, "rows.tokens": 1_024},  # two sides share a row
-    "short_rl": {"sft.steps": 0, "sampling.max_tokens": 160}
-    | {"rewards.weights.length": 0.5, "rewards.length_warmup": 0},
+    "short_rl": {"sft.steps": 0, "rl.iterations": 120, "sampling.max_tokens": 160}
+    | {"rewards.weights.length": 0.2, "rewards.length_warmup": 0},
     "objectives": {"sft.steps": 0, "rl.iterations": 40, "rl.eval_every": 5},
 }
 
@@ -122,7 +121,7 @@ class Runner:
         self.run("train.py", f"--config={self.config}", f"--workdir={where}", *flags, product=where / "summary.json")
 
     def sample(self, kind: str, checkpoint: pathlib.Path, product: pathlib.Path) -> None:
-        """kind: shortest or dpo-pairs."""
+        """kind: shortest, dpo-pairs or abridge."""
         flags = [f"--{name}={value}" for name, value in SETTINGS["sampling"].items()]
         where = [f"--checkpoint={checkpoint}", f"--out={product.parent}"]
         self.run("long2short.py", kind, *where, *flags, product=product)
@@ -215,21 +214,26 @@ def steps(runner: Runner, seeds: Sequence[int], rates: Sequence[str]) -> dict[st
     """All but the table, by name, each after what it needs."""
     run, train, root = runner.run, runner.train, runner.workdir
     summary = lambda name: root / name / "summary.json"  # noqa: E731
-    long, samples = root / f"start-{seeds[0]}", root / "samples"
-    pairs = samples / "pairs.jsonl"
+    long, samples = root / f"start-{seeds[0]}", root / f"samples-{seeds[0]}"
+    abridged = lambda seed: root / f"samples-{seed}" / "abridged.jsonl"  # noqa: E731
 
     def start(seed: int) -> None:
         train(f"start-{seed}", {"seed": seed})
 
-    def sample() -> None:
-        runner.sample("shortest", long, samples / "examples.jsonl")
-        runner.sample("dpo-pairs", long, pairs)  # of the same answers
+    def sample(seed: int) -> None:
+        runner.sample("abridge", root / f"start-{seed}", abridged(seed))
 
-    def imitate(name: str, start: pathlib.Path, made: pathlib.Path) -> None:
-        files = {"data.train_file": made / "examples.jsonl", "data.heldout_file": made / "heldout.jsonl"}
-        train(name, SETTINGS["shortest"] | files | {"init": start, "seed": seeds[0]})
+    def imitate(name: str, start: pathlib.Path, made: pathlib.Path, seed: int, settings: dict[str, Any]) -> None:
+        files = {"data.train_file": made, "data.heldout_file": made.with_name("heldout.jsonl")}
+        train(name, settings | files | {"init": start, "seed": seed})
+
+    def shortest(name: str, start: pathlib.Path, made: pathlib.Path) -> None:
+        runner.sample("shortest", start, made / "examples.jsonl")
+        imitate(name, start, made / "examples.jsonl", seeds[0], SETTINGS["shortest"])
 
     def dpo() -> None:
+        pairs = samples / "pairs.jsonl"
+        runner.sample("dpo-pairs", long, pairs)  # of the same answers
         train("dpo", SETTINGS["dpo"] | {"dpo.pairs": pairs, "init": long, "seed": seeds[0]})
 
     def merge() -> None:
@@ -238,13 +242,8 @@ def steps(runner: Runner, seeds: Sequence[int], rates: Sequence[str]) -> dict[st
         run("long2short.py", "merge", f"--out={merged}", *sources, product=merged)
         run("long2short.py", "evaluate", merged, product=merged / "evaluations.jsonl")
 
-    def merge_shortest() -> None:
-        own = root / "merge_samples"
-        runner.sample("shortest", root / "merge", own / "examples.jsonl")
-        imitate("merge_shortest", root / "merge", own)
-
     def brief(seed: int) -> None:
-        train(f"brief-{seed}", SETTINGS["brief"] | {"init": root / f"start-{seed}", "seed": seed})
+        imitate(f"brief-{seed}", root / f"start-{seed}", abridged(seed), seed, SETTINGS["brief"])
 
     def short_rl(seed: int) -> None:
         models = root / f"start-{seed}", root / f"brief-{seed}"
@@ -261,22 +260,27 @@ def steps(runner: Runner, seeds: Sequence[int], rates: Sequence[str]) -> dict[st
         _write(begun, (long / begun.name).read_text())
         train(f"{name}-{rate}", SETTINGS["objectives"] | own)
 
-    part, after = functools.partial, lambda name: (name, summary(name))
-    found = {f"start-{seed}": Step(summary(f"start-{seed}"), None, part(start, seed)) for seed in seeds}
-    found["samples"] = Step(pairs, after(long.name), sample)
-    found["shortest"] = Step(summary("shortest"), ("samples", pairs), part(imitate, "shortest", long, samples))
-    found["dpo"] = Step(summary("dpo"), ("samples", pairs), dpo)
-    found["merge"] = Step(root / "merge" / "evaluations.jsonl", after("shortest"), merge)
-    found["merge_shortest"] = Step(summary("merge_shortest"), ("merge", found["merge"].product), merge_shortest)
+    part, found = functools.partial, dict[str, Step]()
+
+    def add(name: str, do: Callable[[], None], *, after: str = "", product: pathlib.Path | None = None) -> None:
+        found[name] = Step(product or summary(name), (after, found[after].product) if after else None, do)
+
     for seed in seeds:
-        for own, before, do in (("brief", "start", brief), ("short_rl", "brief", short_rl)):
-            found[f"{own}-{seed}"] = Step(summary(f"{own}-{seed}"), after(f"{before}-{seed}"), part(do, seed))
+        add(f"start-{seed}", part(start, seed))
+    for seed in seeds:
+        add(f"samples-{seed}", part(sample, seed), after=f"start-{seed}", product=abridged(seed))
+        add(f"brief-{seed}", part(brief, seed), after=f"samples-{seed}")
+        add(f"short_rl-{seed}", part(short_rl, seed), after=f"brief-{seed}")
+    add("shortest", part(shortest, "shortest", long, samples), after=samples.name)
+    add("dpo", dpo, after=samples.name)
+    add("merge", merge, after="shortest", product=root / "merge" / "evaluations.jsonl")
+    add("merge_shortest", part(shortest, "merge_shortest", root / "merge", root / "merge_samples"), after="merge")
     for rate in rates:
         for name in OBJECTIVES:  # which begin when SFT has ended
             own = f"{name}-{rate}"
             found[own] = Step(summary(own), (long.name, long / "eval_sft.json"), part(objective, name, rate))
     half = part(run, "controls.py", f"--workdir={long}", "half", product=long / "half.json")
-    found["half"] = Step(long / "half.json", after(long.name), half)
+    add("half", half, after=long.name, product=long / "half.json")
     return found
 
 

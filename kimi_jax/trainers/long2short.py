@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -137,7 +138,10 @@ def record(problem: Problem, folder: pathlib.Path) -> dict[str, Any]:
         Image.fromarray(pixels).save(encoded, "PNG")
         names.append(f"images/{hashlib.blake2b(encoded.getvalue(), digest_size=12).hexdigest()}.png")
         (folder / "images").mkdir(exist_ok=True)
-        (folder / names[-1]).write_bytes(encoded.getvalue())
+        if not (folder / names[-1]).exists():  # others may be reading it
+            begun = folder / f"{names[-1]}.{os.getpid()}"
+            begun.write_bytes(encoded.getvalue())
+            begun.replace(folder / names[-1])
     values = {name: getattr(problem, name) for name in ("id", "task", "prompt", "answer", "difficulty", "solution")}
     return values | ({"images": names} if names else {})
 
