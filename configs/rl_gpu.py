@@ -13,26 +13,28 @@ def get_config():
     config = default_config()
     with config.unlocked():
         config.model.size = "small"
+        config.model.remat = False
+        config.model.unroll = 8
 
         config.data.text_tasks = ("countdown",)
-        config.data.image_tasks = ("text_image_rich", "pips_rich")
+        config.data.image_tasks = ("countdown_image", "countdown_image_rich")  # the second alone is hardly learnt
         config.data.train_per_kind = 5_000
 
         config.rows.tokens = 512
-        config.rows.patches = 256
+        config.rows.patches = 512
         config.rows.logits_chunk = 512
 
         config.sft.examples_per_kind = 1_500
-        config.sft.steps = 15_000
+        config.sft.steps = 12_000
         config.sft.rows = 16
         config.sft.micro_rows = 16
         config.sft.eval_every = 1_000
-        config.sft.checkpoint_every = 5_000
+        config.sft.checkpoint_every = 6_000
         config.sft.optimizer.peak = 2e-3
         config.sft.optimizer.end = 2e-3
         config.sft.optimizer.weight_decay = 1.0
 
-        config.rl.iterations = 100
+        config.rl.iterations = 80
         config.rl.problems = 256
         config.rl.responses = 8
         config.rl.updates = 4
@@ -47,9 +49,9 @@ def get_config():
         config.rl.checkpoint_every = 40
 
         config.sampling.rows = 2_048
-        config.sampling.prompt_tokens = 96
-        config.sampling.prompt_patches = 256
-        config.sampling.max_tokens = 256
+        config.sampling.prompt_tokens = 64
+        config.sampling.prompt_patches = 128
+        config.sampling.max_tokens = 160
         config.sampling.page = 64
         config.sampling.prefill_tokens = 8_192
     return config.lock()
