@@ -2,9 +2,10 @@
 
     python scripts/train.py --config=configs/climb.py --workdir=runs/climb/start-0
 
-The settings are those of configs/rl_gpu.py but for the tasks, for less SFT and longer responses, for layers that are
-unrolled and keep what they compute, and for checkpoints of RL that are all measured and kept, from which
-`scripts/long2short.py select` chooses. What follows RL changes some of them (scripts/climb.py says which).
+The settings are those of configs/rl_gpu.py but for less SFT, longer responses, more iterations, and checkpoints of RL
+that are all measured and kept, from which `scripts/long2short.py select` chooses. What follows RL changes some of them
+(scripts/climb.py says which). One H200, shared with another run: 6 minutes. Held-out problems, mean of three seeds,
+pass@1: text 67.4% -> 88.6%, pictures 53.0% -> 81.0% (commit 66713de).
 """
 
 from kimi_jax.trainers.config import default_config
@@ -55,7 +56,7 @@ def get_config():
         config.sampling.rows = 2_048
         config.sampling.prompt_tokens = 64
         config.sampling.prompt_patches = 128
-        config.sampling.max_tokens = 320  # worked solutions have up to 290
+        config.sampling.max_tokens = 320  # worked solutions have up to 292
         config.sampling.page = 64
         config.sampling.prefill_tokens = 8_192
     return config.lock()

@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import pathlib
+import runpy
 import sys
 import time
 import types
@@ -27,6 +28,7 @@ import climb  # noqa: E402
 import controls  # noqa: E402
 import long2short  # noqa: E402
 
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 BASE = {
     **{"rl.iterations": 2, "rl.eval_every": 1, "rl.eval_problems": 3, "rl.permute_advantages": False},
     **{"sft.steps": 2, "sft.eval_problems": 0, "rewards.workers": 0},
@@ -159,6 +161,14 @@ def test_only(tmp_path, capsys):
     ):
         assert climb.main([f"--workdir={tmp_path}", flag]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_the_config_of_long2short_rl_is_that_of_the_climb():
+    load = lambda name: runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()  # noqa: E731
+    expected, config = load("climb"), load("long2short_rl")
+    expected.update_from_flattened_dict(climb.SETTINGS["short_rl"])
+    expected.init, expected.sft = config.init, config.sft  # which has no steps
+    assert config.sft.steps == 0 and config.to_dict() == expected.to_dict()
 
 
 # --- which step when ------------------------------------------------------------------------------------------------
