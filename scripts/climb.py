@@ -8,15 +8,15 @@ The same command again goes on: steps that are done are skipped, one that was in
 Ctrl-C before a limit; leave a minute for what a run is in the middle of. The steps, in this order:
 
     start-SEED       SFT and RL with --config (configs/climb.py)
-    samples-SEED     8 answers of start-SEED to each of 4,000 training problems; what follows from them:
-    shortest         SFT of start-0 on the shortest right answers
+    samples-SEED     8 answers of start-SEED to each of 4,000 training problems
+    brief-SEED       SFT of start-SEED on all of them that are right, abridged: the same searches in half the tokens
+    short_rl-SEED    RL with the length reward and half the room, from the checkpoint of start-SEED or brief-SEED that
+                     `select` names: the shortest within 15 points of the best
+    shortest         SFT of start-0 on its shortest right answers
     dpo              DPO of start-0: shortest right answers before longer wrong ones and much longer right ones
     merge            the average of start-0 and of a short model, for which shortest stands: two models can be averaged
                      if they are near each other, as one is that was trained on from the other
     merge_shortest   shortest rejection sampling once more, of the merged model
-    brief-SEED       SFT of start-SEED on all of its right answers, abridged: the same searches in about half the tokens
-    short_rl-SEED    RL with the length reward and half the room, from the checkpoint of start-SEED or brief-SEED that
-                     `select` names: the shortest within 15 points of the best
     OBJECTIVE-RATE   mirror_descent, rest, grpo, rloo and reinforce from the SFT of start-0: as many samples each, and
                      the same --rates, as Adam's steps have a size that does not depend on how a loss is scaled
     half             start-0 with the second half of each chain of thought deleted: scripts/controls.py
