@@ -225,10 +225,12 @@ def draw(workdir: pathlib.Path, result: dict, path: pathlib.Path) -> None:
     left, right = figure.subplots(1, 2)
     points = {"SFT": result["sft"], "RL": result["rl"]}
     points |= {METHODS[method]: own["scores"] for method, own in result["methods"].items()}
-    for i, (name, scores) in enumerate(points.items()):
-        tokens, accuracy = scores["all"]["tokens"], scores["all"]["accuracy"]
-        left.scatter(tokens, accuracy, s=45, color="#667080" if name in ("SFT", "RL") else f"C{i}", zorder=2)
-        left.annotate(name, (tokens, accuracy), (6, -11), textcoords="offset points", fontsize=8)
+    for i, (name, scores) in enumerate(points.items()):  # points lie near each other: a legend, no labels beside them
+        where = scores["all"]["tokens"], scores["all"]["accuracy"]
+        ends = {"SFT": "s", "RL": "D"}
+        colour = "#667080" if name in ends else f"C{i - len(ends)}"
+        left.scatter(*where, s=45, color=colour, marker=ends.get(name, "o"), label=name, zorder=2)
+    left.legend(frameon=False, fontsize=8)
     long = result["rl"]["all"]
     left.plot([0, SHARE * long["tokens"]], [KEPT * long["accuracy"]] * 2, "--", color="#9aa3ae", linewidth=1)
     left.plot([SHARE * long["tokens"]] * 2, [KEPT * long["accuracy"], 1], "--", color="#9aa3ae", linewidth=1)

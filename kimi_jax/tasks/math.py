@@ -202,9 +202,9 @@ def _draw_countdown(rng: np.random.Generator, difficulty: int) -> Problem:
     return draw_countdown(rng, difficulty)[-1]
 
 
-_READ = re.compile(r"(?P<target>[0-9]+) from [0-9, ]+\. ")  # how the solution of a picture begins
-_FIRST_MOVE = re.compile(r"[0-9]+[-+*/][0-9]+=[0-9]+:")
-_LAST_MOVE = re.compile(r"([0-9]+)[-+*/]([0-9]+)=([0-9]+)")
+_READ = re.compile(r"(?P<target>[0-9]{1,9}) from [0-9, ]+\. ")  # how the solution of a picture begins
+_FIRST_MOVE = re.compile(r"[0-9]{1,9}[-+*/][0-9]{1,9}=[0-9]{1,9}:")
+_LAST_MOVE = re.compile(r"([0-9]{1,9})[-+*/]([0-9]{1,9})=([0-9]{1,9})")
 _ENDS = {"no.": ";", "yes.": "."}
 
 

@@ -146,6 +146,8 @@ def test_abridged_solutions_are_the_same_searches_in_less_than_half_the_characte
         "2+3=5 [5 4 1] 5+4=9: 9+1=10 yes. Answer: 10",  # of four numbers
         "nine from 2, 3, 4. 2+3=5: 5+4=9 yes. Answer: (2+3)+4",
         "2+3=5:  5+4=9 yes. Answer: (2+3)+4",
+        f"2+3=5: {'5' * 5_003}+4=9 yes. Answer: (2+3)+4",  # longer than what Python reads
+        f"{'9' * 5_003} from 2, 3, 4. 2+3=5: 5+4=9 yes. Answer: (2+3)+4",
     ],
 )
 def test_what_is_not_written_like_a_worked_solution_is_not_abridged(text):
