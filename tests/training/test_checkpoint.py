@@ -246,6 +246,14 @@ def test_a_save_that_fails_in_the_background_is_reported_once_and_forgotten(tmp_
     assert {path.name for path in tmp_path.iterdir()} == {"2"}
 
 
+def run_until_killed(script, *arguments):
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    child = subprocess.run(command, env=environment, timeout=60, check=False)
+    assert child.returncode == -signal.SIGKILL
+
+
 def test_a_kill_inside_a_save_leaves_the_last_complete_step(tmp_path):
     script = textwrap.dedent("""
         import os, signal, sys
@@ -258,10 +266,7 @@ def test_a_kill_inside_a_save_leaves_the_last_complete_step(tmp_path):
         ckpt.save(2, arrays(2), {"seed": 2})
         os.kill(os.getpid(), signal.SIGKILL)
     """)
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
-    child = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, timeout=60, check=False)
-    assert child.returncode == -signal.SIGKILL
+    run_until_killed(script, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert "1" in names and "2" not in names and len(names) == 2, names  # else the kill came too late to test anything
 
@@ -298,11 +303,7 @@ def test_a_kill_while_an_old_step_is_deleted_leaves_whole_steps(tmp_path, nth):
         os.unlink = os.remove = dying
         save(2)
     """)
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", script, str(tmp_path), str(nth)]
-    child = subprocess.run(command, env=environment, timeout=60, check=False)
-    assert child.returncode == -signal.SIGKILL
+    run_until_killed(script, tmp_path, nth)
     with Checkpointer.reader(tmp_path) as reader:
         assert reader.latest_step() == 2
     with checkpointer(tmp_path, keep_last=1, keep_best=1, best_metric="accuracy") as ckpt:
