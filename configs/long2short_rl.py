@@ -34,7 +34,7 @@ def get_config():
         config.rewards.weights.length = 0.2
         config.rewards.length_warmup = 0
 
-        config.rl.iterations = 120
+        config.rl.iterations = 200
         config.rl.problems = 256
         config.rl.responses = 8
         config.rl.updates = 4

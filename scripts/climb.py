@@ -64,7 +64,7 @@ SETTINGS = {
     | {"sft.steps": 1_200, "sft.optimizer.peak": 1e-3, "sft.optimizer.end": 2e-4},
     # Two sides share a row. With β = 0.1 they are never far enough apart, and all answers get unlikely (docs/log.md).
     "dpo": _NO_RL | {"dpo.beta": 1.0, "sft.steps": 200, "sft.optimizer.peak": 2e-5, "rows.tokens": 1_024},
-    "short_rl": {"sft.steps": 0, "rl.iterations": 120, "sampling.max_tokens": 160}
+    "short_rl": {"sft.steps": 0, "rl.iterations": 200, "sampling.max_tokens": 160}
     | {"rewards.weights.length": 0.2, "rewards.length_warmup": 0},
     "objectives": {"sft.steps": 0, "rl.iterations": 40, "rl.eval_every": 5},
 }
