@@ -3,10 +3,12 @@
     labels         −w Σ_n [ y_n log σ(s_n) + (1 − y_n) log σ(−s_n) ]     s_n: the score, y_n: 1 if correct, else 0
     comparisons    −w Σ_p log σ(s_p⁺ − s_p⁻)                             Bradley-Terry: P(⁺ beats ⁻) = σ(s⁺ − s⁻)
     DPO            −w Σ_p log σ(β Δ_p⁺ − β Δ_p⁻)                         Δ = log π_θ(y|x) − log π_ref(y|x)
+                   −w α Σ_p log π_θ(y_p⁺|x) / |y_p⁺|                     0 in the report: α = 0
 
 The first gives log-odds of being correct, so its zero means "as likely as not". The second fixes differences alone: it
 ranks, and its zero means nothing. The third is the second with the score β Δ, which is what a policy π_θ scores that is
-optimal for a reward under a KL penalty β from π_ref (Rafailov et al., 2023).
+optimal for a reward under a KL penalty β from π_ref (Rafailov et al., 2023). It too fixes differences alone, and may
+push both sides out of what was ever learnt; α keeps the chosen one likely (Pang et al., 2024).
 """
 
 import jax
@@ -78,6 +80,7 @@ def direct_preference(
     *,
     pairs: int,
     beta: jax.Array | float,
+    alpha: jax.Array | float,
     weight: jax.Array | float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """DPO: the negative log-likelihood of comparisons of responses; both members of a pair are in the micro-batch.
@@ -91,13 +94,14 @@ def direct_preference(
         pair: int32 [R, T], at the tokens of responses which pair, in 0..pairs-1.
         pairs: how many there may be; static. A number that no token has is no pair.
         beta: β > 0: how far π_θ may go from π_ref, less the greater it is.
+        alpha: α >= 0: how much it counts that the chosen responses are likely, per token.
         weight: w, 1 / (pairs of the whole batch).
 
     Returns:
-        The loss, a scalar, and parts that add up over micro-batches: `nll`, the sum without the weight; `tokens`;
-        `pairs`; `right`, those whose chosen response has the higher β Δ; `chosen_reward` and `rejected_reward`, the
-        sums of β Δ⁺ and of β Δ⁻; and `max_log_ratio`, the largest |Δ⁺ − Δ⁻|, which combines by the
-        maximum.
+        The loss, a scalar, and parts that add up over micro-batches: `nll`, the sum without the weight; `chosen_nll`,
+        what α multiplies in it; `tokens`; `pairs`; `right`, those whose chosen response has the higher β Δ;
+        `chosen_reward` and `rejected_reward`, the sums of β Δ⁺ and of β Δ⁻; and `max_log_ratio`, the largest
+        |Δ⁺ − Δ⁻|, which combines by the maximum.
     """
     d = jnp.where(mask, logprobs - jax.lax.stop_gradient(reference_logprobs), 0.0)
     index = jnp.where(mask, pair, 0).ravel()
@@ -105,9 +109,12 @@ def direct_preference(
     better, worse = total(jnp.where(chosen, d, 0.0)), total(jnp.where(chosen, 0.0, d))
     exists = total(mask.astype(d.dtype)) > 0
     margin = better - worse
-    nll = -jnp.sum(jnp.where(exists, jax.nn.log_sigmoid(beta * margin), 0.0))
+    likely = total(jnp.where(mask & chosen, logprobs, 0.0)) / jnp.maximum(total((mask & chosen).astype(d.dtype)), 1)
+    chosen_nll = -jnp.sum(likely)
+    nll = alpha * chosen_nll - jnp.sum(jnp.where(exists, jax.nn.log_sigmoid(beta * margin), 0.0))
     parts = {
         "nll": nll,
+        "chosen_nll": chosen_nll,
         "tokens": jnp.sum(mask, dtype=d.dtype),
         "pairs": jnp.sum(exists, dtype=d.dtype),
         "right": jnp.sum(exists & (margin > 0), dtype=d.dtype),

@@ -74,6 +74,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.dpo = ml_collections.ConfigDict()
     config.dpo.pairs = config_dict.placeholder(str)  # a file of them, as scripts/long2short.py dpo-pairs writes
     config.dpo.beta = 0.1  # β: the greater, the closer the policy stays to the one that it begins with
+    config.dpo.alpha = 0.0  # α: the greater, the likelier the chosen responses stay; the report has no such term
 
     config.rl = ml_collections.ConfigDict()
     config.rl.iterations = 60  # 0: no RL
@@ -392,6 +393,8 @@ def _check_dpo(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"{name}: config.sft.steps={config.sft.steps} and config.dpo.beta={config.dpo.beta} must be positive."
         )
+    if config.dpo.alpha < 0:
+        raise ValueError(f"{name}: config.dpo.alpha={config.dpo.alpha} must not be negative; 0 leaves its term out.")
 
 
 def _check_trained(model: ml_collections.ConfigDict) -> None:

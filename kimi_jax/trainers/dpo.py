@@ -51,7 +51,7 @@ def stage(setup: Setup) -> Stage:
         name="dpo",
         options=config,
         batches=epochs.map(lambda i: pack([i])) if one else epochs.batch(config.rows, batch_fn=pack),
-        loss_fn=functools.partial(loss_fn, beta=options.beta),
+        loss_fn=functools.partial(loss_fn, beta=options.beta, alpha=options.alpha),
         weight=lambda batch: 1 / max(num_pairs(batch.rows), 1),
         summarize=_summary,
         evaluate=functools.partial(supervised.greedy_accuracy, setup) if config.eval_problems else lambda params: {},
@@ -79,7 +79,7 @@ def encode(setup: Setup, pair: Pair) -> tuple[Example, Example]:
     return chosen, rejected
 
 
-def loss_fn(logprobs, batch: PairBatch, hyper, *, beta: float):
+def loss_fn(logprobs, batch: PairBatch, hyper, *, beta: float, alpha: float):
     R, T = logprobs.shape
     member = batch.rows.segments - 1
     return direct_preference(
@@ -90,6 +90,7 @@ def loss_fn(logprobs, batch: PairBatch, hyper, *, beta: float):
         np.arange(R)[:, None] * T + member // 2,
         pairs=R * T,
         beta=beta,
+        alpha=alpha,
         weight=hyper["weight"],
     )
 
@@ -131,7 +132,9 @@ def _reference(setup: Setup, examples: list[Example], plan: list[list[int]]) -> 
 
 
 def _summary(metrics: list[dict]) -> dict:
-    """Means over pairs: `accuracy`, the share whose chosen response is preferred; rewards are β Δ."""
+    """Means over pairs: `accuracy`, the share whose chosen response is preferred; rewards are β Δ; `chosen_nll` is per
+    token."""
     total = lambda name: sum(m[name] for m in metrics)  # noqa: E731
-    names = {"loss": "nll", "accuracy": "right", "chosen_reward": "chosen_reward", "rejected_reward": "rejected_reward"}
-    return {name: total(part) / total("pairs") for name, part in names.items()}
+    pairs = total("pairs")
+    means = {name: total(name) / pairs for name in ("chosen_nll", "chosen_reward", "rejected_reward")}
+    return {"loss": total("nll") / pairs, "accuracy": total("right") / pairs} | means

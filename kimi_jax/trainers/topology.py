@@ -222,7 +222,7 @@ def _supervised(config, policy) -> tuple[LossFn, Any, Reads]:
     """The loss of what the supervised loop learns, a micro-batch for it, and what it is given of the policy."""
     rows, _ = pack_rows([], [], num_rows=config.sft.micro_rows, **setup.packing(config, policy.config, image_id=-1))
     if config.dpo.pairs:
-        loss_fn = functools.partial(dpo.loss_fn, beta=config.dpo.beta)
+        loss_fn = functools.partial(dpo.loss_fn, beta=config.dpo.beta, alpha=config.dpo.alpha)
         return loss_fn, dpo.PairBatch(rows, np.zeros(rows.tokens.shape, np.float32)), "logprobs"
     if config.reward_model.kind == "classic":
         pairs = config.reward_model.objective == "pairs"

@@ -125,7 +125,7 @@ def preferred():
     return logprobs, reference, np.isfinite(logprobs), chosen, pair, places
 
 
-def dpo_by_hand(logprobs, reference, places, weight):
+def dpo_by_hand(logprobs, reference, places, weight, alpha):
     """Loss, its gradient in closed form, and what else is reported."""
     loss, grad, rewards = 0.0, np.zeros(logprobs.shape), []
     for better, worse in places.values():
@@ -133,14 +133,17 @@ def dpo_by_hand(logprobs, reference, places, weight):
         margin = reward[0] - reward[1]
         loss -= weight * np.log(sigmoid(margin))
         grad[better], grad[worse] = -weight * BETA * sigmoid(-margin), weight * BETA * sigmoid(-margin)
+        loss -= weight * alpha * np.mean(logprobs[better])
+        grad[better] -= weight * alpha / len(better[0])
         rewards.append(reward)
     return loss, grad, np.array(rewards)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
 @pytest.mark.parametrize("dtype, rtol", [(np.float64, 1e-6), (np.float32, 1e-4)])
-def test_direct_preference(dtype, rtol):
+def test_direct_preference(dtype, rtol, alpha):
     logprobs, reference, mask, chosen, pair, places = preferred()
-    expected, expected_grad, rewards = dpo_by_hand(logprobs, reference, places, 1 / 3)
+    expected, expected_grad, rewards = dpo_by_hand(logprobs, reference, places, 1 / 3, alpha)
     with jax.enable_x64(True):
         value = jax.jit(jax.value_and_grad(direct_preference, has_aux=True), static_argnames="pairs")
         (loss, parts), grad = jax.device_get(
@@ -151,6 +154,7 @@ def test_direct_preference(dtype, rtol):
                 pair,
                 pairs=PAIRS,
                 beta=BETA,
+                alpha=alpha,
                 weight=1 / 3,
             )
         )
@@ -161,6 +165,7 @@ def test_direct_preference(dtype, rtol):
     right = np.sum(rewards[:, 0] > rewards[:, 1])
     assert 0 < right < 3
     sums = {"chosen_reward": rewards[:, 0].sum(), "rejected_reward": rewards[:, 1].sum(), "nll": 3 * expected}
+    sums["chosen_nll"] = -sum(np.mean(logprobs[better]) for better, _ in places.values())
     counts = {"tokens": mask.sum(), "pairs": 3, "right": right}
     highest = {"max_log_ratio": np.abs(rewards[:, 0] - rewards[:, 1]).max() / BETA}
     assert parts == {name: pytest.approx(x, rel=rtol) for name, x in (sums | counts | highest).items()}
@@ -172,11 +177,11 @@ def test_the_gradient_of_direct_preference_by_finite_differences():
     def loss_at(values):
         moved = logprobs.copy()
         moved[mask] = values
-        return dpo_by_hand(moved, reference, places, 0.5)[0]
+        return dpo_by_hand(moved, reference, places, 0.5, 0.7)[0]
 
     with jax.enable_x64(True):
         loss = lambda p: direct_preference(  # noqa: E731
-            p, reference, mask, chosen, pair, pairs=PAIRS, beta=BETA, weight=0.5
+            p, reference, mask, chosen, pair, pairs=PAIRS, beta=BETA, alpha=0.7, weight=0.5
         )[0]
         grad = jax.grad(loss)(jnp.asarray(logprobs))
     np.testing.assert_allclose(grad[mask], central_differences(loss_at, logprobs[mask]), rtol=1e-6, atol=1e-9)
@@ -185,6 +190,8 @@ def test_the_gradient_of_direct_preference_by_finite_differences():
 def test_at_the_reference_every_comparison_is_even():
     logprobs, _, mask, chosen, pair, _ = preferred()
     logprobs = jnp.asarray(logprobs, jnp.float32)
-    loss, parts = direct_preference(logprobs, logprobs, mask, chosen, pair, pairs=PAIRS, beta=BETA, weight=1 / 3)
+    loss, parts = direct_preference(
+        logprobs, logprobs, mask, chosen, pair, pairs=PAIRS, beta=BETA, alpha=0.0, weight=1 / 3
+    )
     assert loss == pytest.approx(np.log(2), rel=1e-6)
     assert parts["right"] == parts["max_log_ratio"] == parts["chosen_reward"] == 0

@@ -25,22 +25,32 @@ from tests.models.hf import oracle  # noqa: E402
 pytestmark = pytest.mark.slow
 BETA, ROW = 0.37, 53
 LENGTHS = ((5, 3, 11), (7, 13, 2), (2, 5, 7))  # prompt, chosen, rejected
+# Their mean of α's term is over tokens, ours over pairs of means over tokens: the same if chosen sides are equally long.
+EQUAL = ((5, 7, 11), (7, 7, 2), (2, 7, 5))
 
 
 @functools.cache
-def pairs(vocab_size: int):
+def pairs(vocab_size: int, all_lengths: tuple[tuple[int, int, int], ...]):
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(0, vocab_size, n).tolist()  # noqa: E731
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [dict(zip(names, map(draw, lengths), strict=True)) for lengths in LENGTHS]
+    return [dict(zip(names, map(draw, lengths), strict=True)) for lengths in all_lengths]
 
 
-def their_trainer(model, reference, out) -> trl.DPOTrainer:
+def their_trainer(model, reference, out, alpha) -> trl.DPOTrainer:
     backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[PAD]": 2, "[EOS]": 3}, unk_token="a"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", eos_token="[EOS]")
+    losses = {"sigmoid": 1.0} | ({"sft": alpha} if alpha else {})
     arguments = trl.DPOConfig(
-        output_dir=str(out), beta=BETA, report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False
+        output_dir=str(out),
+        beta=BETA,
+        loss_type=list(losses),
+        loss_weights=list(losses.values()),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
     )
     unread = datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " a"}])
     return trl.DPOTrainer(
@@ -48,7 +58,8 @@ def their_trainer(model, reference, out) -> trl.DPOTrainer:
     )
 
 
-def test_loss_and_gradients(tmp_path):
+@pytest.mark.parametrize("alpha, lengths", [(0.0, LENGTHS), (0.7, EQUAL)])
+def test_loss_and_gradients(tmp_path, alpha, lengths):
     name, options = oracle.CASES["qwen2"]
     start = oracle.make(name, options, seed=1)
     start.save_pretrained(tmp_path / "start")
@@ -59,7 +70,7 @@ def test_loss_and_gradients(tmp_path):
     moved.save_pretrained(tmp_path / "moved")
     policy, reference = oracle.load(tmp_path / "start")
     _, params = oracle.load(tmp_path / "moved")
-    ids = pairs(policy.config.vocab_size)
+    ids = pairs(policy.config.vocab_size, lengths)
 
     # Ours: the pairs packed into two rows.
     sides = [
@@ -75,11 +86,11 @@ def test_loss_and_gradients(tmp_path):
     logprobs = lambda p: policy.logprobs(p, rows, temperature=1.0, logits_chunk=ROW)[0]  # noqa: E731
     batch = dpo.PairBatch(rows, jax.jit(logprobs)(reference))
     hyper = {"weight": jnp.float32(1 / dpo.num_pairs(rows))}
-    loss_fn = lambda p: dpo.loss_fn(logprobs(p), batch, hyper, beta=BETA)  # noqa: E731
+    loss_fn = lambda p: dpo.loss_fn(logprobs(p), batch, hyper, beta=BETA, alpha=alpha)  # noqa: E731
     (loss, parts), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
 
     # Theirs: padded side by side.
-    trainer = their_trainer(moved, start, tmp_path)
+    trainer = their_trainer(moved, start, tmp_path, alpha)
     inputs = DataCollatorForPreference(pad_token_id=0)(ids)
     moved.zero_grad()
     expected = trainer._compute_loss(trainer.model, inputs, False)

@@ -130,6 +130,23 @@ def test_it_learns_to_prefer_and_resumes_bit_for_bit(here, start, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
 
 
+def test_alpha_keeps_the_chosen_answers_likely(start, tmp_path, monkeypatch):
+    miniature.prepare(monkeypatch)
+    found = {}
+    for alpha in (0.0, 2.0):
+        config = config_of(start, **{"dpo.alpha": alpha})
+        pipeline.prepare_workdir(config, tmp_path / str(alpha))
+        here = setup.build(config, tmp_path / str(alpha))
+        with StopRequest() as stop:
+            supervised.train(here, dpo.stage(here), stop)
+        lines = (here.workdir / "dpo_metrics.jsonl").read_text().splitlines()
+        found[alpha] = [json.loads(line) for line in lines]
+    first, last = ({alpha: rows[i] for alpha, rows in found.items()} for i in (0, -1))
+    assert first[2.0]["chosen_nll"] == first[0.0]["chosen_nll"] > 0
+    assert first[2.0]["loss"] == pytest.approx(first[0.0]["loss"] + 2 * first[0.0]["chosen_nll"], rel=1e-6)
+    assert last[2.0]["chosen_nll"] < 0.8 * last[0.0]["chosen_nll"] and last[2.0]["accuracy"] == 1
+
+
 def test_sides_that_become_the_same_tokens_are_refused(here):
     path = pathlib.Path(here.config.dpo.pairs)
     record = json.loads(path.read_text().splitlines()[0])
@@ -155,6 +172,7 @@ def test_a_pair_that_no_row_can_hold_is_named(here):
     [
         ({"init": None}, "needs a policy to begin with"),
         ({"dpo.beta": 0.0}, "dpo.beta=0.0 must be positive"),
+        ({"dpo.alpha": -0.5}, "dpo.alpha=-0.5 must not be negative"),
         ({"sft.steps": 0, "rl.iterations": 1}, "sft.steps=0 .*must be positive"),
         ({"reward_model.kind": "chain_of_thought"}, "drop config.data.mixture and reward_model.kind"),
     ],
