@@ -62,8 +62,10 @@ SETTINGS = {
     | {"data.text_tasks": (), "data.image_tasks": (), "sft.examples_per_kind": 20_000}
     # A new way of writing takes more than a new choice; a rate that ends high leaves something to the RL that follows.
     | {"sft.steps": 1_200, "sft.optimizer.peak": 1e-3, "sft.optimizer.end": 2e-4},
-    # Two sides share a row. With β = 0.1 they are never far enough apart, and all answers get unlikely (docs/log.md).
-    "dpo": _NO_RL | {"dpo.beta": 1.0, "sft.steps": 200, "sft.optimizer.peak": 2e-5, "rows.tokens": 1_024},
+    # Two sides share a row. Without α all answers get unlikely, the sooner the smaller β is (docs/log.md).
+    "dpo": _NO_RL
+    | {"dpo.beta": 1.0, "dpo.alpha": 300.0, "rows.tokens": 1_024}
+    | {"sft.steps": 200, "sft.optimizer.peak": 2e-5, "sft.optimizer.end": 1e-6},
     "short_rl": {"sft.steps": 0, "rl.iterations": 200, "sampling.max_tokens": 160}
     | {"rewards.weights.length": 0.2, "rewards.length_warmup": 0},
     "objectives": {"sft.steps": 0, "rl.iterations": 40, "rl.eval_every": 5},

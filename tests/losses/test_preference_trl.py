@@ -25,7 +25,7 @@ from tests.models.hf import oracle  # noqa: E402
 pytestmark = pytest.mark.slow
 BETA, ROW = 0.37, 53
 LENGTHS = ((5, 3, 11), (7, 13, 2), (2, 5, 7))  # prompt, chosen, rejected
-# Their mean of α's term is over tokens, ours over pairs of means over tokens: the same if chosen sides are equally long.
+# Their mean of α's term is over tokens, ours over pairs of means over tokens: the same where chosen sides are as long.
 EQUAL = ((5, 7, 11), (7, 7, 2), (2, 7, 5))
 
 
