@@ -5,6 +5,8 @@ the checkpoints whose accuracy is within a tolerance of the best, the one with t
 """
 
 import dataclasses
+import itertools
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -51,10 +53,13 @@ def draw(points: Sequence[Point], chosen: Point, path: str | os.PathLike) -> Non
     axes = figure.add_subplot()
     best = frontier(points)
     axes.step([p.tokens for p in best], [p.accuracy for p in best], where="post", color="#9aa3ae", zorder=1)
-    for point in points:
-        face = "#1f6feb" if point.checkpoint else "none"
-        axes.scatter(point.tokens, point.accuracy, s=36, facecolors=face, edgecolors="#1f6feb", zorder=2)
-        axes.annotate(point.name, (point.tokens, point.accuracy), (5, -10), textcoords="offset points", fontsize=7)
+    points = sorted(points, key=lambda point: point.tokens)
+    gaps = [right.tokens - left.tokens for left, right in itertools.pairwise(points)]
+    for point, before, after in zip(points, [0.0, *gaps], [*gaps, math.inf], strict=True):
+        face, at = "#1f6feb" if point.checkpoint else "none", (point.tokens, point.accuracy)
+        axes.scatter(*at, s=36, facecolors=face, edgecolors="#1f6feb", zorder=2)
+        side, x = ("right", -5) if after < before else ("left", 5)  # the name where there is more room for it
+        axes.annotate(point.name, at, (x, -10), textcoords="offset points", fontsize=7, ha=side)
     axes.scatter(chosen.tokens, chosen.accuracy, s=150, facecolors="none", edgecolors="#d9730d", linewidths=2, zorder=3)
     axes.set(xlabel="Mean tokens per response", ylabel="Held-out accuracy, pass@1")
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
