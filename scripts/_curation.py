@@ -78,8 +78,8 @@ def moved_images(record: Mapping[str, Any], source: pathlib.Path, target: pathli
 
 
 def write(path: pathlib.Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Whole or not at all, also where other processes write the same."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -1,8 +1,10 @@
 """The two scripts that ask a model, with a miniature run on disk: what they write, and what they refuse."""
 
 import json
+import os
 import pathlib
 import re
+import subprocess
 import sys
 
 import jax
@@ -23,6 +25,7 @@ from tests.trainers import miniature, published
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "scripts"))  # where their common part lies beside them
 
+import _curation  # noqa: E402
 import curate_prompts  # noqa: E402
 import make_sft_set  # noqa: E402
 
@@ -236,3 +239,18 @@ def test_a_warmup_set_of_a_published_model(files, tmp_path):
     given[2] = f"--out={out}"
     assert curate_prompts.main([*given, "--samples=2", "--guesses=3"]) == 0
     assert all(answer["text"].startswith("Answer:") for row in read(out / "guesses.jsonl") for answer in row["answers"])
+
+
+def test_two_processes_that_write_the_same_file(tmp_path, monkeypatch):
+    """As steps of scripts/climb.py do that share samples: the second is quicker."""
+    path, sync = tmp_path / "heldout.jsonl", os.fsync
+    other = f"import pathlib, _curation; _curation.write(pathlib.Path({str(path)!r}), 'theirs')"
+
+    def overtaken(descriptor):
+        sync(descriptor)
+        subprocess.run([sys.executable, "-c", other], cwd=pathlib.Path(_curation.__file__).parent, check=True)
+
+    monkeypatch.setattr(os, "fsync", overtaken)
+    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parents[2]))
+    _curation.write(path, "ours, which is longer")
+    assert path.read_text() == "ours, which is longer" and list(tmp_path.iterdir()) == [path]
